@@ -1,0 +1,99 @@
+"""The command line: `scratch-gpt STAGE RECIPE [--field value]`. Nothing heavy is imported until a stage runs."""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+# The stages in the order of the road: a module with `Arguments` (a dataclass) and `run(arguments) -> Path`.
+STAGES = {
+    "tokenizer": ("hf_scratch_gpt.data.tokenizer_stage", "train a byte-level BPE tokenizer"),
+    "prepare": ("hf_scratch_gpt.data.prepare", "clean text, split it, write token shards and tasks"),
+    "pretrain": ("hf_scratch_gpt.pretraining.pretrain", "train a base model from token shards"),
+    "sft": ("hf_scratch_gpt.finetuning.sft", "tune a model on instructions (LoRA or full)"),
+    "reward": ("hf_scratch_gpt.alignment.reward", "train a reward model on preferences"),
+    "dpo": ("hf_scratch_gpt.alignment.dpo", "align a model on preferences directly"),
+    "ppo": ("hf_scratch_gpt.alignment.ppo.stage", "align a model against a reward model"),
+    "evaluate": ("hf_scratch_gpt.evaluation.evaluate", "measure a model on held-out text and questions"),
+}
+# Commands that are not stages: a module with `main(argv) -> int`.
+COMMANDS = {
+    "quickstart": ("hf_scratch_gpt.pipeline", "quickstart", "the whole road on this Python's own documentation"),
+    "run": ("hf_scratch_gpt.pipeline", "main", "run a recipe folder stage by stage, skipping what is up to date"),
+    "chat": ("hf_scratch_gpt.chat.terminal", "main", "talk to a model in the terminal"),
+    "merge": ("hf_scratch_gpt.finetuning.merge", "main", "merge a LoRA adapter into its base model"),
+}
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+
+
+def _usage() -> str:
+    lines = ["usage: scratch-gpt STAGE [RECIPE.yaml] [--field value ...]", "", "stages, in order:"]
+    lines += [f"  {name:11}{help_text}" for name, (_, help_text) in STAGES.items()]
+    lines += ["", "commands:"]
+    lines += [f"  {name:11}{help_text}" for name, (_, _, help_text) in COMMANDS.items()]
+    lines += ["", "`scratch-gpt STAGE --help` lists a stage's settings; --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _run_stage(name: str, arguments: Sequence[str]) -> int:
+    from hf_scratch_gpt.runs import parse_arguments
+
+    module = importlib.import_module(STAGES[name][0])
+    folder = module.run(parse_arguments(module.Arguments, arguments, program=f"scratch-gpt {name}"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{name}: {folder}")
+    return 0
+
+
+def _dispatch(name: str, arguments: Sequence[str]) -> int:
+    if name in STAGES:
+        return _run_stage(name, arguments)
+    if name in COMMANDS:
+        module, function, _ = COMMANDS[name]
+        return getattr(importlib.import_module(module), function)(arguments)
+    from hf_scratch_gpt.runs.arguments import nearest
+
+    raise ValueError(f"no stage or command '{name}'{nearest(name, [*STAGES, *COMMANDS])}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `scratch-gpt` and of `python -m hf_scratch_gpt`; returns the exit status.
+
+    0 done, 2 a user's mistake or a full disk (one line on standard error), 75 stopped by a signal after saving.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        from hf_scratch_gpt import __version__
+
+        print(__version__)
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("scratch-gpt: interrupted; the same command continues it", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return _report(error, debug)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    from hf_scratch_gpt.runs.errors import explain
+    from hf_scratch_gpt.runs.signals import Interrupted
+
+    if isinstance(error, Interrupted):
+        print(f"scratch-gpt: {error}; the same command continues it", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    line = None if debug else explain(error)
+    if line is None:
+        traceback.print_exc()
+        return 1
+    print(f"scratch-gpt: error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR

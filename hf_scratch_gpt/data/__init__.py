@@ -1,0 +1,1 @@
+"""Sources, cleaning, tokenised shards, the loader, conversation formats, tasks with their checkers."""

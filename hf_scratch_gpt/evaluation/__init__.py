@@ -1,0 +1,1 @@
+"""Bits per byte, exact-match tasks, preference win rate, intervals, attention maps."""

@@ -1,0 +1,1 @@
+"""Instruction tuning with TRL and PEFT, and merging of adapters."""

@@ -1,0 +1,1 @@
+"""The Accelerate loop, optimizers, schedules, checkpoints."""

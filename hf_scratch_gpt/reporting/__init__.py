@@ -1,0 +1,1 @@
+"""Reads run folders and tells them: stage table, JSON and HTML report."""

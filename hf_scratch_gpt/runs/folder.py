@@ -1,0 +1,264 @@
+"""A stage's output folder: one writer at a time, resumable, and complete once `metrics.json` is there.
+
+    with StageRun(args, "pretrain") as run:
+        if run.finished:
+            return run.folder
+        run.log(step=1, loss=5.2)                 # a line of curve.jsonl
+        ...                                       # weights, tokenizer, config into run.folder
+        run.finish({"loss": 1.2})                 # metrics.json, written last
+
+`metrics.json` holds the run's id, its fingerprint (settings and inputs) and those of its inputs: the lineage.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hf_scratch_gpt.runs.arguments import VOLATILE_FIELDS, given_settings
+from hf_scratch_gpt.runs.files import read_json, write_json, write_text
+from hf_scratch_gpt.runs.hardware import describe_environment, peak_rss_bytes
+
+logger = logging.getLogger(__name__)
+
+METRICS, STATE, CURVE, RECIPE = "metrics.json", ".state.json", "curve.jsonl", "recipe.yaml"
+_STATE_INTERVAL_SECONDS = 2.0
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """The `metrics.json` of a finished run.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        ValueError: if the file is damaged.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not a finished run (it has no {METRICS})")
+    metrics = read_json(path)
+    if not isinstance(metrics, dict) or "run_id" not in metrics:
+        raise ValueError(f"{path}: not the metrics of a run (no 'run_id')")
+    return metrics
+
+
+def describe_input(source: str) -> dict[str, Any]:
+    """What identifies an input: a finished run by its id, files by size and modification time, else the name alone."""
+    path = Path(source)
+    if (path / METRICS).is_file():
+        return {"path": source, "run_id": read_metrics(path)["run_id"]}
+    if path.exists():
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        stats = [(file.as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        return {"path": source, "files": len(stats), "digest": _digest(stats)}
+    return {"path": source}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_inputs(arguments: Any) -> dict[str, Any]:
+    """`describe_input` of every input field of a stage's settings; a list of sources gives a list."""
+    inputs: dict[str, Any] = {}
+    for name in getattr(type(arguments), "input_fields", ()):
+        value = getattr(arguments, name)
+        if isinstance(value, list | tuple):
+            inputs[name] = [describe_input(str(item)) for item in value]
+        elif value:
+            inputs[name] = describe_input(str(value))
+    return inputs
+
+
+def fingerprint(arguments: Any, stage: str) -> str:
+    """Digest of the stage, the package's version, the settings that matter, and the inputs' identities."""
+    from hf_scratch_gpt import __version__
+
+    input_fields = getattr(type(arguments), "input_fields", ())
+    settings = {
+        name: value
+        for name, value in given_settings(arguments).items()
+        if name not in VOLATILE_FIELDS and name not in input_fields
+    }
+    return _digest([stage, __version__, settings, _without_paths(describe_inputs(arguments))])
+
+
+def _without_paths(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A run keeps its identity when its folder moves; only inputs that are known by name alone keep the name."""
+
+    def identity(entry: dict[str, Any]) -> Any:
+        return entry.get("run_id") or entry.get("digest") or entry["path"]
+
+    return {
+        name: [identity(item) for item in entry] if isinstance(entry, list) else identity(entry)
+        for name, entry in inputs.items()
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class StageRun:
+    """One stage's work on its output folder, as a context manager.
+
+    On entry it locks the folder (released by the system when the process dies) and finds out how far an earlier try
+    came. A finished run of other settings is kept as `<folder>.old`; unfinished work of other settings is removed.
+
+    Attributes:
+        folder (`Path`): The output folder.
+        finished (`bool`): The same settings and inputs are already done here: there is nothing to do.
+        resumed (`bool`): An earlier try of the same settings was interrupted; `checkpoints` may hold its state.
+        checkpoints (`Path`): Where the stage saves its `checkpoint-<step>` folders; removed by `finish`.
+
+    Raises:
+        ValueError: on entry, if another process writes this folder, or if it holds files that are not a run's.
+    """
+
+    def __init__(self, arguments: Any, stage: str):
+        self.arguments, self.stage = arguments, stage
+        self.folder = Path(arguments.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.finished = self.resumed = False
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self._state: dict[str, Any] = {}
+        self._clock = time.monotonic()
+        self._saved_at = -_STATE_INTERVAL_SECONDS
+        self._lock: Any = None
+
+    def __enter__(self) -> "StageRun":
+        if self.is_main:
+            self._open()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._share_state()
+        return self
+
+    def _share_state(self) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        self.finished, self.resumed, self._state = broadcast_object_list([self.finished, self.resumed, self._state])
+
+    def _open(self) -> None:
+        from filelock import FileLock, Timeout
+
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder.parent / f".{self.folder.name}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
+        identity = fingerprint(self.arguments, self.stage)
+        if (self.folder / METRICS).is_file():
+            if read_metrics(self.folder)["fingerprint"] == identity:
+                self.finished = True
+                return
+            self._set_aside()
+        self._begin(identity)
+
+    def _set_aside(self) -> None:
+        old = self.folder.with_name(self.folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(self.folder, old)
+        logger.warning("%s was made with other settings or inputs; kept as %s", self.folder, old)
+
+    def _begin(self, identity: str) -> None:
+        state_path = self.folder / STATE
+        if state_path.is_file():
+            self._state = self._read_state(state_path)
+            self.resumed = self._state.get("fingerprint") == identity
+            if not self.resumed:
+                logger.warning("%s: removing unfinished work of other settings or inputs", self.folder)
+                shutil.rmtree(self.folder)
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder}: not empty and not a run of this package; choose another output_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resumed:
+            self._state = {
+                "fingerprint": identity,
+                "run_id": uuid.uuid4().hex,
+                "started_at": _now(),
+                "seconds": 0.0,
+                "peak_rss_bytes": 0,
+            }
+        self._save_state()
+        self._write_recipe()
+
+    @staticmethod
+    def _read_state(path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except ValueError:
+            logger.warning("%s is damaged: starting this stage anew", path)
+            return {}
+
+    def _write_recipe(self) -> None:
+        import yaml
+
+        text = yaml.safe_dump(given_settings(self.arguments), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / RECIPE, f"# scratch-gpt {self.stage} recipe.yaml makes this run again\n{text}")
+
+    def _save_state(self) -> None:
+        now = time.monotonic()
+        self._state["seconds"] += now - self._clock
+        self._state["peak_rss_bytes"] = max(self._state["peak_rss_bytes"], peak_rss_bytes())
+        self._clock = self._saved_at = now
+        write_json(self.folder / STATE, self._state)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work on this run, those of interrupted tries included."""
+        return self._state.get("seconds", 0.0) + time.monotonic() - self._clock
+
+    def log(self, step: int, **values: float | int | str | None) -> None:
+        """Append a line to `curve.jsonl` (main process only)."""
+        if not self.is_main:
+            return
+        line = json.dumps({"step": step, "seconds": round(self.seconds, 3), **values})
+        with open(self.folder / CURVE, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if time.monotonic() - self._saved_at > _STATE_INTERVAL_SECONDS:
+            self._save_state()
+
+    def read_curve(self) -> list[dict[str, Any]]:
+        """The lines of `curve.jsonl`; a last line that a kill cut short is left out."""
+        path = self.folder / CURVE
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def truncate_curve(self, step: int) -> None:
+        """Drop the curve's lines after `step`: a resumed run is about to write them again."""
+        if self.is_main:
+            kept = [json.dumps(row) for row in self.read_curve() if row["step"] <= step]
+            write_text(self.folder / CURVE, "".join(f"{line}\n" for line in kept))
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json` with the stage's `metrics` and the lineage, and remove what only served resuming."""
+        if not self.is_main:
+            return
+        self._save_state()
+        report = {
+            "stage": self.stage,
+            **self._state,
+            "finished_at": _now(),
+            "inputs": describe_inputs(self.arguments),
+            "environment": describe_environment(),
+            "metrics": metrics,
+        }
+        write_json(self.folder / METRICS, report)
+        (self.folder / STATE).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.release()

@@ -1,0 +1,80 @@
+"""What each transformers `Trainer` of ours shares: the curve, one progress bar, verified checkpoints, signals."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from hf_scratch_gpt.runs.checkpoints import newest_checkpoint, step_of, write_manifest
+from hf_scratch_gpt.runs.folder import StageRun
+from hf_scratch_gpt.runs.signals import Interrupted, StopRequest
+
+
+def progress_bar(stage: str, total: int, done: int = 0) -> Any:
+    """The one progress bar: stage, steps, time left, and whatever `set_postfix` is given (loss, tokens/s)."""
+    return tqdm(total=total, initial=done, desc=f"{stage:9}", unit="step", dynamic_ncols=True, mininterval=0.5)
+
+
+class RunCallback(TrainerCallback):
+    """Ties a `Trainer` to a `StageRun`: curve, progress bar, a manifest for each checkpoint, stop on a signal."""
+
+    def __init__(self, run: StageRun, stop: StopRequest):
+        self.run, self.stop = run, stop
+        self.bar: Any = None
+        self._mark: tuple[float, float] = (time.monotonic(), 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            self.bar = progress_bar(self.run.stage, state.max_steps, state.global_step)
+        self._mark = (time.monotonic(), float(state.num_input_tokens_seen))
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        if self.stop.requested:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not state.is_world_process_zero or not logs:
+            return
+        values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        seen, now = float(state.num_input_tokens_seen), time.monotonic()
+        if seen > self._mark[1]:
+            values["tokens_per_second"] = (seen - self._mark[1]) / (now - self._mark[0])
+        self._mark = (now, seen)
+        self.run.log(step=state.global_step, **values)
+        if self.bar is not None:
+            shown = {name: f"{values[name]:.4g}" for name in ("loss", "tokens_per_second") if name in values}
+            self.bar.set_postfix({name.replace("tokens_per_second", "tok/s"): text for name, text in shown.items()})
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.bar is not None:
+            self.bar.close()
+
+
+def train(trainer: Any, run: StageRun) -> Any:
+    """Run `trainer.train()` from the newest whole checkpoint of `run`, if there is one.
+
+    The trainer's `args.output_dir` must be `run.checkpoints`.
+
+    Raises:
+        Interrupted: if a signal stopped it; a checkpoint of the last step is saved.
+    """
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_checkpoint(run.checkpoints) if run.resumed else None
+    run.truncate_curve(step_of(checkpoint) if checkpoint else 0)
+    with StopRequest() as stop:
+        trainer.add_callback(RunCallback(run, stop))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(f"{run.folder}: stopped by {stop.requested} at step {trainer.state.global_step}")
+    return result
