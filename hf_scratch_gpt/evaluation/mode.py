@@ -1,0 +1,24 @@
+"""The mode in which models are measured: no dropout, no gradients, no autocast."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """Put `model` into evaluation mode without gradients or autocast, and back into its own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def context_length_of(model: Any) -> int | None:
+    """Number of positions that `model` was built for (`max_position_embeddings`), or `None` if it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
