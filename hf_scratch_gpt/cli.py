@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return _dispatch(arguments[0], arguments[1:])
+    except BrokenPipeError:  # `| head` has read enough; what is buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("scratch-gpt: interrupted; the same command continues it", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -86,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, debug: bool) -> int:
     from hf_scratch_gpt.runs.errors import explain
+    from hf_scratch_gpt.runs.folder import MainProcessFailed
     from hf_scratch_gpt.runs.signals import Interrupted
 
+    if isinstance(error, MainProcessFailed):
+        return EXIT_USER_ERROR
     if isinstance(error, Interrupted):
         print(f"scratch-gpt: {error}; the same command continues it", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,10 +1,13 @@
 """A stage's settings: one dataclass, read by TRL's parser from a YAML recipe and then from the command line."""
 
 import dataclasses
-import difflib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+from hf_scratch_gpt.runs.values import check_recipe_values, nearest
 
 T = TypeVar("T")
 
@@ -29,6 +32,7 @@ VOLATILE_FIELDS = frozenset(
         "hub_token",
     }
 )
+SECRET_FIELDS = frozenset({"hub_token"})  # never written to a recipe
 
 
 @dataclasses.dataclass
@@ -51,10 +55,19 @@ class StageArguments:
     )
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string if none is near."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+def _unique_key_loader() -> type:
+    """A safe YAML loader that refuses a key given twice, of which YAML would silently take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key_node.value for key_node, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.MarkedYAMLError(problem=f"'{twice}' is given twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -70,7 +83,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such recipe: {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _unique_key_loader())
     except UnicodeDecodeError as error:
         raise ValueError(f"recipe {path}: not UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
@@ -78,7 +91,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"recipe {path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {path}: expected 'setting: value' lines, found {type(recipe).__name__}")
+        found = "an empty file" if recipe is None else f"a {type(recipe).__name__}"
+        raise ValueError(f"recipe {path}: expected 'setting: value' lines, found {found}")
     return recipe
 
 
@@ -101,19 +115,42 @@ def _make_parser(argument_class: type, program: str) -> Any:
     class Parser(TrlParser):
         namespace: dict[str, Any]
 
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise ValueError(message)
+        def add_argument(self, *names: str, **options: Any) -> Any:
+            if options.get("help"):  # argparse formats help texts: a lone percent sign would break --help
+                options["help"] = re.sub(r"(?<!%)%(?![%(])", "%%", options["help"])
+            return super().add_argument(*names, **options)
+
+        def error(self, message: str) -> None:
+            raise _CommandLineError(f"command line: {message}")
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
             namespace, rest = super().parse_known_args(args, namespace)
             self.namespace = dict(vars(namespace))
             return namespace, rest
 
-    return Parser([argument_class], prog=program, allow_abbrev=False)
+    usage = f"{program} [RECIPE.yaml] [--field value ...]"
+    return Parser([argument_class], prog=program, usage=usage, allow_abbrev=False)
+
+
+class _CommandLineError(ValueError):
+    """What argparse finds wrong with the command line, as opposed to a recipe."""
+
+
+def _read_checked_recipe(path: str, argument_class: type, known: Sequence[str]) -> dict[str, Any]:
+    recipe = read_recipe(path)
+    environment = recipe.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"recipe {path}: 'env' is {environment!r}, expected a mapping of environment variables")
+    _check_keys(list(recipe), known, f"recipe {path}")
+    recipe = check_recipe_values(argument_class, recipe, f"recipe {path}")
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return recipe
 
 
 def parse_arguments(argument_class: type[T], arguments: Sequence[str], program: str = "scratch-gpt") -> T:
     """Read `[RECIPE.yaml] [--field value ...]` into `argument_class`; the command line wins over the recipe.
+
+    A recipe's `env` mapping sets environment variables.
 
     Raises:
         FileNotFoundError: if the recipe is missing.
@@ -121,21 +158,28 @@ def parse_arguments(argument_class: type[T], arguments: Sequence[str], program: 
             `output_dir`.
     """
     recipe_path, flags = _split_arguments(arguments)
-    parser = _make_parser(argument_class, program)
     known = [field.name for field in dataclasses.fields(argument_class) if field.init]  # type: ignore[arg-type]
-    if recipe_path is not None:
-        recipe = read_recipe(recipe_path)
-        _check_keys([key for key in recipe if key != "env"], known, f"recipe {recipe_path}")
-        flags += ["--config", recipe_path]
+    recipe = _read_checked_recipe(recipe_path, argument_class, known) if recipe_path is not None else {}
     given = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    accepted = [*known, *(f"no_{name}" for name in known), "config", "help"]
+    accepted = [*known, *(f"no_{name}" for name in known), "help"]
     _check_keys([name for name in given if name not in accepted], known, "command line")
+    parser = _make_parser(argument_class, program)
+    defaults = dict(vars(parser.parse_known_args([])[0]))  # as argparse reads them: some are texts that it converts
+    parser.set_defaults_with_config(**recipe)
     try:
-        (parsed,) = parser.parse_args_and_config(flags)
-    except (TypeError, ValueError) as error:
+        parsed, unread = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
+    except _CommandLineError:
+        raise
+    except (TypeError, ValueError) as error:  # from the class's own checks
         origin = f"recipe {recipe_path}" if recipe_path else "command line"
         raise ValueError(f"{origin}: {error}") from error
-    parsed.given = _differing(argument_class, parser.namespace)
+    if unread:
+        raise ValueError(f"command line: unexpected '{unread[0]}'; write [RECIPE.yaml] [--field value ...]")
+    parsed.given = {
+        name: _plain(value)
+        for name, value in parser.namespace.items()
+        if name in known and name not in SECRET_FIELDS and value != defaults[name]
+    }
     if not parsed.output_dir:
         raise ValueError("'output_dir' is missing: name the folder that this stage writes")
     return parsed
@@ -144,8 +188,8 @@ def parse_arguments(argument_class: type[T], arguments: Sequence[str], program: 
 def _differing(argument_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """The settings whose value is not the field's default, as plain JSON values."""
     differing = {}
-    for field in dataclasses.fields(argument_class):  # type: ignore[arg-type]
-        if not field.init or field.name not in values:
+    for field in dataclasses.fields(argument_class):
+        if not field.init or field.name not in values or field.name in SECRET_FIELDS:
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:

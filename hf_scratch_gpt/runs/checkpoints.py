@@ -7,6 +7,7 @@ of a save leaves a folder that looks complete. The manifest tells such folders a
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 from hf_scratch_gpt.runs.files import read_json, write_json
 
@@ -20,7 +21,7 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
+def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -38,6 +39,10 @@ def write_manifest(folder: str | Path) -> Path:
     return write_json(folder / MANIFEST, entries)
 
 
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"size", "sha256"}
+
+
 def find_damage(folder: str | Path) -> str | None:
     """Return what is wrong with a checkpoint folder, naming the file, or `None` if it is whole."""
     folder = Path(folder)
@@ -47,6 +52,8 @@ def find_damage(folder: str | Path) -> str | None:
         return f"{folder}: no {MANIFEST}, so the save did not finish"
     except ValueError as error:
         return str(error)
+    if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
+        return f"{folder / MANIFEST}: not a list of files with sizes and checksums"
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -61,7 +68,7 @@ def find_damage(folder: str | Path) -> str | None:
 def step_of(checkpoint: Path) -> int:
     """The step in a name such as `checkpoint-120`, or -1."""
     tail = checkpoint.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
+    return int(tail) if tail.isdecimal() else -1
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

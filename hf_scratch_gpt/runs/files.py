@@ -1,6 +1,7 @@
 """Atomic file writes: a reader, or a run that starts after a crash, sees the old content or the new, never a part."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk; a rename survives a power cut only after this."""
-    if os.name == "nt":  # Windows has no way to open a folder for this
+def _flush(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to disk; a rename survives a power cut only after this."""
+    if os.name == "nt":  # Windows flushes only what is open for writing, and no folders
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -34,15 +38,40 @@ def write_text(path: str | Path, text: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    _flush(path.parent)
     return path
 
 
+def remove_temporaries(folder: str | Path, pattern: str) -> None:
+    """Remove what a killed writer left in `folder` under names like `pattern`; call it only with the folder locked."""
+    for path in Path(folder).glob(pattern):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _find_non_finite(value: Any, name: str = "") -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"'{name}' is {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (_find_non_finite(item, f"{name}.{key}" if name else str(key)) for key, item in items)
+    return next((text for text in found if text), None)
+
+
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as indented JSON, atomically. NaN and infinities are refused, since JSON has none."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        OSError: as `write_text`.
+        ValueError: for NaN or an infinity, which JSON has not; the message names the entry.
+    """
+    non_finite = _find_non_finite(value)
+    if non_finite:
+        raise ValueError(f"{path}: {non_finite}, which JSON cannot hold")
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -51,12 +80,23 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is not valid JSON; the message names the file and the line.
+        ValueError: if it is not UTF-8 or not valid JSON; the message names the file and the place.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder so that a kill half-way leaves it whole or gone: it is renamed before it is emptied."""
+    folder = Path(os.path.abspath(folder))
+    doomed = folder.with_name(f".{folder.name}.removed.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager
@@ -72,14 +112,13 @@ def replace_folder(target: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+        for path in [*temporary.rglob("*"), temporary]:
+            if not path.is_symlink():
+                _flush(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if target.exists():
-        shutil.rmtree(target)
+        remove_folder(target)
     os.replace(temporary, target)
-    _flush_folder(target.parent)
+    _flush(target.parent)

@@ -10,9 +10,11 @@
 `metrics.json` holds the run's id, its fingerprint (settings and inputs) and those of its inputs: the lineage.
 """
 
+import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -23,13 +25,14 @@ from types import TracebackType
 from typing import Any
 
 from hf_scratch_gpt.runs.arguments import VOLATILE_FIELDS, given_settings
-from hf_scratch_gpt.runs.files import read_json, write_json, write_text
+from hf_scratch_gpt.runs.files import read_json, remove_folder, remove_temporaries, write_json, write_text
 from hf_scratch_gpt.runs.hardware import describe_environment, peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 
 METRICS, STATE, CURVE, RECIPE = "metrics.json", ".state.json", "curve.jsonl", "recipe.yaml"
 _STATE_INTERVAL_SECONDS = 2.0
+_STATE_FIELDS = {"fingerprint", "run_id", "started_at", "seconds", "peak_rss_bytes"}
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:
@@ -55,7 +58,11 @@ def describe_input(source: str) -> dict[str, Any]:
         return {"path": source, "run_id": read_metrics(path)["run_id"]}
     if path.exists():
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        stats = [(file.as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        stats = [
+            (file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files
+            if file.is_file()
+        ]
         return {"path": source, "files": len(stats), "digest": _digest(stats)}
     return {"path": source}
 
@@ -76,8 +83,11 @@ def describe_inputs(arguments: Any) -> dict[str, Any]:
     return inputs
 
 
-def fingerprint(arguments: Any, stage: str) -> str:
-    """Digest of the stage, the package's version, the settings that matter, and the inputs' identities."""
+def fingerprint(arguments: Any, stage: str, inputs: dict[str, Any] | None = None) -> str:
+    """Digest of the stage, the package's version, the settings that matter, and the inputs' identities.
+
+    `inputs` spares a second look at the inputs to a caller that has their `describe_inputs`.
+    """
     from hf_scratch_gpt import __version__
 
     input_fields = getattr(type(arguments), "input_fields", ())
@@ -86,7 +96,9 @@ def fingerprint(arguments: Any, stage: str) -> str:
         for name, value in given_settings(arguments).items()
         if name not in VOLATILE_FIELDS and name not in input_fields
     }
-    return _digest([stage, __version__, settings, _without_paths(describe_inputs(arguments))])
+    return _digest(
+        [stage, __version__, settings, _without_paths(describe_inputs(arguments) if inputs is None else inputs)]
+    )
 
 
 def _without_paths(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +115,14 @@ def _without_paths(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class MainProcessFailed(Exception):
+    """Another rank's error, which that rank reports: this one only stops."""
 
 
 class StageRun:
@@ -126,59 +146,94 @@ class StageRun:
         self.folder = Path(arguments.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.finished = self.resumed = False
+        self._home = Path(os.path.abspath(self.folder))  # has a name, and a parent for the lock, even for "."
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self._state: dict[str, Any] = {}
+        self._inputs: dict[str, Any] = {}
         self._clock = time.monotonic()
         self._saved_at = -_STATE_INTERVAL_SECONDS
         self._lock: Any = None
 
     def __enter__(self) -> "StageRun":
+        error: BaseException | None = None
         if self.is_main:
-            self._open()
+            try:
+                self._open()
+            except BaseException as caught:
+                error = caught
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self._share_state()
+            error = self._share_state(error)
+        if error is not None:
+            self.__exit__(None, None, None)  # Python calls it only after an __enter__ that returned
+            raise error
         return self
 
-    def _share_state(self) -> None:
+    def _share_state(self, error: BaseException | None) -> BaseException | None:
+        """Give every rank what rank 0 found; a rank that waits for a failed rank 0 would wait for ever."""
+        from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
-        self.finished, self.resumed, self._state = broadcast_object_list([self.finished, self.resumed, self._state])
+        world_size = int(os.environ["WORLD_SIZE"])
+        if PartialState().num_processes != world_size:
+            return error or ValueError(
+                f"launched as {world_size} processes, but they do not know of each other; on a CPU set"
+                " ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+            )
+        told = None if error is None else str(error) or type(error).__name__
+        shared = [told, self.finished, self.resumed, self._state]
+        told, self.finished, self.resumed, self._state = broadcast_object_list(shared)
+        return MainProcessFailed(told) if told is not None and error is None else error
 
     def _open(self) -> None:
         from filelock import FileLock, Timeout
 
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder.parent / f".{self.folder.name}.lock")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: expected a folder to write to, found a file; choose another output_dir")
+        self._home.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._home.parent / f".{self._home.name}.lock")
         try:
-            self._lock.acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
-        identity = fingerprint(self.arguments, self.stage)
+        self._lock = lock
+        self._remove_traces_of_a_kill()
+        self._inputs = describe_inputs(self.arguments)
+        identity = fingerprint(self.arguments, self.stage, self._inputs)
         if (self.folder / METRICS).is_file():
-            if read_metrics(self.folder)["fingerprint"] == identity:
+            if read_metrics(self.folder).get("fingerprint") == identity:
                 self.finished = True
+                self._remove_leftovers()
                 return
             self._set_aside()
         self._begin(identity)
 
+    def _remove_traces_of_a_kill(self) -> None:
+        remove_temporaries(self._home.parent, f".{glob.escape(self._home.name)}.removed.tmp")
+        is_ours = (self.folder / METRICS).is_file() or (self.folder / STATE).is_file()
+        remove_temporaries(self.folder, ".*.tmp" if is_ours else f".{STATE}.*.tmp")
+
     def _set_aside(self) -> None:
-        old = self.folder.with_name(self.folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = self._home.with_name(self._home.name + ".old")
+        if old.exists():
+            if not (old / METRICS).is_file():
+                raise ValueError(f"{old}: in the way, and not a run of this package; rename it or remove it")
+            remove_folder(old)
         os.replace(self.folder, old)
         logger.warning("%s was made with other settings or inputs; kept as %s", self.folder, old)
 
     def _begin(self, identity: str) -> None:
-        state_path = self.folder / STATE
-        if state_path.is_file():
-            self._state = self._read_state(state_path)
+        if (self.folder / STATE).is_file():
+            self._state = self._read_state()
             self.resumed = self._state.get("fingerprint") == identity
             if not self.resumed:
                 logger.warning("%s: removing unfinished work of other settings or inputs", self.folder)
-                shutil.rmtree(self.folder)
+                remove_folder(self.folder)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: not empty and not a run of this package; choose another output_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
+        if self.resumed:
+            self._mend_curve()
+        else:
             self._state = {
                 "fingerprint": identity,
                 "run_id": uuid.uuid4().hex,
@@ -189,13 +244,16 @@ class StageRun:
         self._save_state()
         self._write_recipe()
 
-    @staticmethod
-    def _read_state(path: Path) -> dict[str, Any]:
+    def _read_state(self) -> dict[str, Any]:
+        path = self.folder / STATE
         try:
-            return read_json(path)
+            state = read_json(path)
         except ValueError:
-            logger.warning("%s is damaged: starting this stage anew", path)
-            return {}
+            state = None
+        if isinstance(state, dict) and state.keys() >= _STATE_FIELDS:
+            return state
+        logger.warning("%s is damaged: starting this stage anew", path)
+        return {}
 
     def _write_recipe(self) -> None:
         import yaml
@@ -216,10 +274,11 @@ class StageRun:
         return self._state.get("seconds", 0.0) + time.monotonic() - self._clock
 
     def log(self, step: int, **values: float | int | str | None) -> None:
-        """Append a line to `curve.jsonl` (main process only)."""
+        """Append a line to `curve.jsonl` (main process only). NaN and infinities become null: JSON has no others."""
         if not self.is_main:
             return
-        line = json.dumps({"step": step, "seconds": round(self.seconds, 3), **values})
+        finite = {name: None if _is_non_finite(value) else value for name, value in values.items()}
+        line = json.dumps({"step": step, "seconds": round(self.seconds, 3), **finite})
         with open(self.folder / CURVE, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         if time.monotonic() - self._saved_at > _STATE_INTERVAL_SECONDS:
@@ -236,6 +295,12 @@ class StageRun:
                 break
         return rows
 
+    def _mend_curve(self) -> None:
+        """Drop a last line that a kill cut short, so that the next one does not continue it."""
+        path = self.folder / CURVE
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in self.read_curve()))
+
     def truncate_curve(self, step: int) -> None:
         """Drop the curve's lines after `step`: a resumed run is about to write them again."""
         if self.is_main:
@@ -251,11 +316,14 @@ class StageRun:
             "stage": self.stage,
             **self._state,
             "finished_at": _now(),
-            "inputs": describe_inputs(self.arguments),
+            "inputs": self._inputs,
             "environment": describe_environment(),
             "metrics": metrics,
         }
         write_json(self.folder / METRICS, report)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
         (self.folder / STATE).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -25,20 +27,28 @@ class RunCallback(TrainerCallback):
         self.bar: Any = None
         self._mark: tuple[float, float] = (time.monotonic(), 0.0)
 
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.bar = progress_bar(self.run.stage, state.max_steps, state.global_step)
         self._mark = (time.monotonic(), float(state.num_input_tokens_seen))
 
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-        if self.stop.requested:
+        if self._any_rank_stops():
             control.should_save = True
             control.should_training_stop = True
         return control
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+    def _any_rank_stops(self):
+        """Whether a signal reached any rank: ranks that stopped at different steps would wait for each other."""
+        if dist.is_available() and dist.is_initialized():
+            requests = [None] * dist.get_world_size()
+            dist.all_gather_object(requests, self.stop.requested)
+            self.stop.requested = next((name for name in requests if name), None)
+        return self.stop.requested is not None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
         values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
@@ -51,11 +61,13 @@ class RunCallback(TrainerCallback):
             shown = {name: f"{values[name]:.4g}" for name in ("loss", "tokens_per_second") if name in values}
             self.bar.set_postfix({name.replace("tokens_per_second", "tok/s"): text for name, text in shown.items()})
 
-    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_save(self, args, state, control, **kwargs):
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # every rank has written its part
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
 
@@ -70,7 +82,10 @@ def train(trainer: Any, run: StageRun) -> Any:
     """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = newest_checkpoint(run.checkpoints) if run.resumed else None
+    if trainer.args.save_total_limit == 1:  # the older one goes before the newer one has its manifest
+        trainer.args.save_total_limit = 2
+    checkpoint = newest_checkpoint(run.checkpoints) if run.resumed and run.is_main else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
     run.truncate_curve(step_of(checkpoint) if checkpoint else 0)
     with StopRequest() as stop:
         trainer.add_callback(RunCallback(run, stop))
