@@ -153,6 +153,40 @@ def _decode(batch: _Batch, max_new_tokens: int, temperature: float, uniforms: to
     return generated
 
 
+def generate_from_ids(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """Continue each list of token ids; everything else as in `generate_answers`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or batch_size < 1:
+        raise ValueError(
+            f"expected max_new_tokens >= 1, temperature >= 0 and batch_size >= 1, "
+            f"found {max_new_tokens}, {temperature} and {batch_size}"
+        )
+    ends, suppressed = end_token_ids(model, tokenizer), suppressed_token_ids(model, tokenizer)
+    uniforms = torch.from_numpy(_uniforms(encoded, max_new_tokens, seed)) if temperature > 0 else None
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    answers: dict[int, Answer] = {}
+    with measuring(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = _Batch(model, [encoded[index] for index in chosen], ends, suppressed)
+            drawn = None if uniforms is None else uniforms[chosen].to(model.device)
+            for index, token_ids in zip(chosen, _decode(batch, max_new_tokens, temperature, drawn), strict=True):
+                text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                answers[index] = Answer(text, token_ids[-1] in ends, len(token_ids), tuple(token_ids))
+    return [answers[index] for index in range(len(encoded))]
+
+
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -177,22 +211,5 @@ def generate_answers(
     Raises:
         ValueError: if a prompt is too long for the model's context, or an argument is out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or batch_size < 1:
-        raise ValueError(
-            f"expected max_new_tokens >= 1, temperature >= 0 and batch_size >= 1, "
-            f"found {max_new_tokens}, {temperature} and {batch_size}"
-        )
     encoded = encode_prompts(tokenizer, prompts, max_new_tokens, context_length_of(model))
-    ends, suppressed = end_token_ids(model, tokenizer), suppressed_token_ids(model, tokenizer)
-    uniforms = torch.from_numpy(_uniforms(encoded, max_new_tokens, seed)) if temperature > 0 else None
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    answers: dict[int, Answer] = {}
-    with measuring(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = _Batch(model, [encoded[index] for index in chosen], ends, suppressed)
-            drawn = None if uniforms is None else uniforms[chosen].to(model.device)
-            for index, token_ids in zip(chosen, _decode(batch, max_new_tokens, temperature, drawn), strict=True):
-                text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                answers[index] = Answer(text, token_ids[-1] in ends, len(token_ids), tuple(token_ids))
-    return [answers[index] for index in range(len(encoded))]
+    return generate_from_ids(model, tokenizer, encoded, max_new_tokens, temperature, seed, batch_size)

@@ -1,5 +1,8 @@
 """A tiny tokenizer and a tiny random Qwen3 for the evaluation tests: seconds, not minutes."""
 
+import copy
+import json
+
 import pytest
 
 TEMPLATE = (
@@ -70,3 +73,52 @@ def other_model(tiny_tokenizer):
 def new_model(tiny_tokenizer):
     """Makes a fresh tiny model that a test may change: `new_model(seed=3)`."""
     return lambda **settings: make_model(tiny_tokenizer, **settings)
+
+
+QUESTIONS = [("upper", word, word.upper()) for word in ("ab", "cd", "ef", "gh", "ij", "kl")] + [
+    ("double", str(number), str(2 * number)) for number in range(6)
+]
+
+
+def _lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A small folder as the stage `prepare` leaves it: held-out documents, tasks and preferences."""
+    folder = tmp_path_factory.mktemp("prepare")
+    rows, pairs = [], []
+    for index, (family, word, answer) in enumerate(QUESTIONS):
+        common = {
+            "id": f"{family}-{index}",
+            "family": family,
+            "prompt": [{"role": "user", "content": f"{family} {word}"}],
+            "answer": answer,
+        }
+        rows.append({**common, "completion": [{"role": "assistant", "content": answer}]})
+        chosen, rejected = [[{"role": "assistant", "content": text}] for text in (answer, "no")]
+        pairs.append({**common, "chosen": chosen, "rejected": rejected})
+    _lines(folder / "heldout.jsonl", [{"text": f"document {n}\n" * 6, "source": "x", "id": str(n)} for n in range(5)])
+    for split in ("train", "heldout"):
+        _lines(folder / "tasks" / f"{split}.jsonl", rows)
+        _lines(folder / "tasks" / f"preferences_{split}.jsonl", pairs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory, tiny_tokenizer, tiny_model, other_model):
+    """Saved models `base` and `tuned`, and a reward model."""
+    import torch
+    from transformers import Qwen3ForSequenceClassification
+
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny_model.config)
+    config.num_labels = 1
+    reward_model = Qwen3ForSequenceClassification(config)
+    for name, model in (("base", tiny_model), ("tuned", other_model), ("reward", reward_model)):
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    return root
