@@ -1,0 +1,170 @@
+"""Where text comes from: local files and folders, this Python's own documentation, or a `datasets` id, streamed."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_scratch_gpt.data.documents import Document
+from hf_scratch_gpt.data.rows import ROW_SUFFIXES, missing_column, open_text, read_rows
+from hf_scratch_gpt.runs.arguments import nearest
+
+logger = logging.getLogger(__name__)
+
+PYTHON_DOCS = "python-docs"
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
+
+# A text file above this many characters is split at paragraph ends. A single file as the whole source is split
+# finer, into about 200 documents, since a held-out split by document needs many of them.
+MAX_DOCUMENT_CHARACTERS = 16_000
+_MIN_DOCUMENT_CHARACTERS = 1_000
+_DOCUMENTS_OF_A_SINGLE_FILE = 200
+
+
+def split_paragraphs(file: Any, limit: int) -> Iterator[str]:
+    """Split a text file into pieces of at most `limit` characters that end where a paragraph does, if one does.
+
+    Joined, the pieces are the file's text. A paragraph above the limit is split at line ends, a longer line anywhere.
+    """
+    piece: list[str] = []
+    size = paragraph_start = paragraph_offset = 0  # of the last paragraph in `piece`: its index, the characters before
+    while line := file.readline(limit):
+        if piece and piece[-1].isspace() and not line.isspace():
+            paragraph_start, paragraph_offset = len(piece), size
+        if size + len(line) > limit:
+            cut = paragraph_start or len(piece)
+            yield "".join(piece[:cut])
+            size -= paragraph_offset if paragraph_start else size
+            piece, paragraph_start, paragraph_offset = piece[cut:], 0, 0
+            if size + len(line) > limit:
+                yield "".join(piece)
+                piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield "".join(piece)
+
+
+def _read_text(path: Path, name: str, source: str, limit: int) -> Iterator[Document]:
+    with open_text(path) as file:
+        pieces = split_paragraphs(file, limit)
+        first, second = next(pieces, ""), next(pieces, None)
+        if second is None:
+            yield Document(name, first, source)
+            return
+        yield Document(f"{name}#0", first, source)
+        yield Document(f"{name}#1", second, source)
+        for number, piece in enumerate(pieces, start=2):
+            yield Document(f"{name}#{number}", piece, source)
+
+
+def _text_of(row: dict[str, Any], column: str, origin: str) -> str:
+    if column not in row:
+        raise missing_column(column, row, origin)
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{origin}: column '{column}' holds {type(text).__name__}, expected text")
+    return text
+
+
+def _read_table(path: Path, name: str, source: str, text_column: str) -> Iterator[Document]:
+    for place, row in read_rows(path, header=not text_column.isdecimal()):
+        text = _text_of(row, text_column, f"{path}, {place}")
+        yield Document(f"{name}:{place.split()[1]}", text, source)
+
+
+def _read_file(path: Path, name: str, source: str, text_column: str, limit: int) -> Iterator[Document]:
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        return _read_text(path, name, source, limit)
+    return _read_table(path, name, source, text_column)
+
+
+def _read_single_file(path: Path, source: str, text_column: str) -> Iterator[Document]:
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: cannot read '{path.suffix}' files; supported are {', '.join(SUFFIXES)}")
+    share = path.stat().st_size // _DOCUMENTS_OF_A_SINGLE_FILE
+    limit = min(max(share, _MIN_DOCUMENT_CHARACTERS), MAX_DOCUMENT_CHARACTERS)
+    return _read_file(path, path.name, source, text_column, limit)
+
+
+def _read_folder(folder: Path, source: str, text_column: str) -> Iterator[Document]:
+    """The supported files of `folder` and below in the order of their names; hidden ones are left out."""
+    relative = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    visible = sorted(path for path in relative if not any(part.startswith(".") for part in path.parts))
+    paths = [path for path in visible if path.suffix.lower() in SUFFIXES]
+    ignored = Counter(path.suffix.lower() or "no extension" for path in visible if path.suffix.lower() not in SUFFIXES)
+    listing = ", ".join(f"{count} of {suffix}" for suffix, count in ignored.most_common(5))
+    if not paths:
+        found = f"found {listing}" if ignored else "it is empty"
+        raise ValueError(f"{folder}: no file to read ({found}); supported are {', '.join(SUFFIXES)}")
+    if ignored:
+        logger.warning("%s: ignoring %d files that are not text or tables: %s", folder, ignored.total(), listing)
+    for path in paths:
+        name = f"{folder.name}/{path.as_posix()}"
+        yield from _read_file(folder / path, name, source, text_column, MAX_DOCUMENT_CHARACTERS)
+
+
+def _read_data_set(source: str, text_column: str, split: str) -> Iterator[Document]:
+    """Stream a data set by its id, `owner/name` or `owner/name:configuration`."""
+    import datasets
+
+    name, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            yield Document(
+                f"{source}:{number}", _text_of(row, text_column, f"data set {source}, row {number}"), source
+            )
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise OSError(
+            f"'{source}' is no local file or folder, and cannot be read as a data set id: {error}"
+        ) from error
+
+
+def _looks_like_a_path(source: str) -> bool:
+    path = Path(source)
+    return (
+        path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in SUFFIXES or len(path.parts) > 2
+    )
+
+
+def read_documents(source: str, text_column: str = "text", dataset_split: str = "train") -> Iterator[Document]:
+    """Stream the documents of one source, in an order that depends on nothing but the source.
+
+    Args:
+        source (`str`): `"python-docs"`; a .txt, .md, .py, .jsonl, .json, .csv, .tsv or .parquet file; a folder of
+            such files; or a `datasets` id, `owner/name` or `owner/name:configuration`.
+        text_column (`str`, *optional*, defaults to `"text"`): The column of a table that holds the text; a number,
+            from 1, for a .csv or .tsv without a header line.
+        dataset_split (`str`, *optional*, defaults to `"train"`): The split of a `datasets` id.
+
+    Raises:
+        FileNotFoundError: if a local source is missing.
+        OSError: if a data set cannot be read.
+        ValueError: if the source is of no supported kind, not UTF-8, malformed, without the column, or empty.
+    """
+    path = Path(source).expanduser()
+    if source == PYTHON_DOCS:
+        from hf_scratch_gpt.data.python_docs import read_python_docs
+
+        documents = read_python_docs()
+    elif path.is_dir():
+        documents = _read_folder(path, source, text_column)
+    elif path.is_file():
+        documents = _read_single_file(path, source, text_column)
+    elif not source or _looks_like_a_path(source):
+        raise FileNotFoundError(f"no such file or folder: '{source}'")
+    elif "/" not in source and nearest(source, [PYTHON_DOCS]):
+        raise ValueError(f"unknown source '{source}'{nearest(source, [PYTHON_DOCS])}")
+    else:
+        documents = _read_data_set(source, text_column, dataset_split)
+    empty = True
+    for document in documents:
+        empty = empty and not document.text.strip()
+        yield document
+    if empty:
+        raise ValueError(f"{source}: holds no text")
