@@ -1,4 +1,4 @@
-"""A stage's settings: recipe, then command line; each mistake is one line that names recipe, setting and the nearest."""
+"""A stage's settings: recipe, then command line; each mistake is one line that names the culprit."""
 
 import dataclasses
 from typing import ClassVar, Literal
