@@ -1,0 +1,150 @@
+"""Settings of the stage `pretrain`, checked before anything is loaded."""
+
+import dataclasses
+import re
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+from hf_scratch_gpt.runs import StageArguments
+
+# The order matters: the command line is read as the second kind.
+ModelOverrides = dict[str, Any] | str | list[str] | None
+Trackers = Literal["none", "tensorboard", "trackio"]
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass
+class PretrainArguments(StageArguments):
+    """Settings of `scratch-gpt pretrain`. The help texts below are the reference; `muon_` settings concern Muon only.
+
+    Raises:
+        ValueError: for a value out of range, naming the setting.
+    """
+
+    input_fields: ClassVar[tuple[str, ...]] = ("dataset_dir",)
+
+    dataset_dir: str = _field("", "Folder of `scratch-gpt prepare`: token shards, tokenizer, held-out text.")
+    preset: str = _field("modern-5m", "Named model size; see hf_scratch_gpt.model.presets.")
+    model_overrides: ModelOverrides = dataclasses.field(
+        default=None,
+        metadata={"help": "Config fields over the preset's: a mapping in a recipe; here 'key=value,...' or JSON."},
+    )
+    zero_init_output_projections: bool = _field(
+        True, "Start attention's and the feed-forward's output projections at zero: each layer begins as identity."
+    )
+    context_length: int = _field(256, "Tokens in a window.")
+    separate_documents: bool = _field(
+        True, "Keep documents that share a window apart in attention and positions, as they are read later."
+    )
+    batch_size: int = _field(32, "Windows in an optimizer step, over all processes and accumulation steps.")
+    gradient_accumulation_steps: int = _field(1, "Split each process's share of the batch in so many parts.")
+    max_steps: int = _field(0, "Train for so many optimizer steps; exactly one of max_steps and max_minutes.")
+    max_minutes: float = _field(
+        0.0,
+        "Train for so long. Bounds the whole stage: loading, compiling and the final evaluation are taken off, so "
+        "that the stage ends about then; the schedule follows the time. After an interruption, time counts on from "
+        "the last checkpoint.",
+    )
+    optimizer: Literal["muon", "adamw"] = _field("muon", "muon (hidden matrices; AdamW for the rest) or adamw.")
+    learning_rate: float = _field(3e-3, "AdamW's learning rate.")
+    muon_learning_rate: float = _field(0.02, "Muon's learning rate.")
+    momentum: float = _field(0.95, "Muon's momentum.")
+    momentum_warmup_steps: int = _field(0, "Raise Muon's momentum from 0.85 over so many steps.")
+    adam_beta1: float = _field(0.9, "AdamW's decay of the mean gradient.")
+    adam_beta2: float = _field(0.95, "AdamW's decay of the mean squared gradient.")
+    weight_decay: float = _field(0.1, "Decoupled weight decay of matrices and embeddings; norms and biases have none.")
+    cautious_weight_decay: bool = _field(False, "Muon decays an entry only where the update shrinks it too.")
+    schedule: Literal["wsd", "cosine", "linear"] = _field("wsd", "wsd (stay, then fall linearly), cosine or linear.")
+    warmup_steps: int = _field(20, "Raise the learning rate linearly over so many steps.")
+    decay_fraction: float = _field(0.4, "wsd: the last share of the budget, over which the rate falls.")
+    final_learning_rate_fraction: float = _field(0.0, "Share of the learning rate that is left at the end.")
+    grad_clip: float = _field(1.0, "Largest norm of the gradient; 0 for no clipping.")
+    precision: Literal["auto", "fp32", "bf16"] = _field(
+        "auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware is faster in it."
+    )
+    compile: Literal["auto", "true", "false"] = _field(
+        "auto", "torch.compile: true, false, or auto: where it can pay for itself."
+    )
+    checkpoint_steps: int = _field(0, "Save a checkpoint every so many steps; 0 for none by steps.")
+    checkpoint_seconds: float = _field(60.0, "Save a checkpoint every so many seconds; 0 for none by time.")
+    logging_steps: int = _field(10, "Steps between lines of the curve.")
+    evaluation_batch_size: int = _field(16, "Windows in a batch of the evaluation.")
+    evaluation_bytes: int = _field(
+        0, "Measure bits per byte on about so many bytes of held-out documents, drawn by the seed; 0 for all."
+    )
+
+    def check(self) -> None:
+        """Raise `ValueError` for the first setting that is out of range."""
+        if not self.dataset_dir:
+            raise ValueError("'dataset_dir' is missing: name the folder that `scratch-gpt prepare` wrote")
+        self._check_budget()
+        self._check_choices()
+        self._check_ranges()
+
+    def _check_choices(self) -> None:
+        hints = get_type_hints(type(self))
+        names = ("optimizer", "schedule", "precision", "compile")
+        for name, known in [*((name, get_args(hints[name])) for name in names), ("report_to", get_args(Trackers))]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"'{name}' is '{getattr(self, name)}', expected one of {', '.join(known)}")
+
+    def _check_ranges(self) -> None:
+        minima: dict[str, float] = {
+            "context_length": 2,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "evaluation_batch_size": 1,
+            "evaluation_bytes": 0,
+            "warmup_steps": 0,
+            "momentum_warmup_steps": 0,
+            "checkpoint_steps": 0,
+            "checkpoint_seconds": 0,
+            "learning_rate": 0,
+            "muon_learning_rate": 0,
+            "weight_decay": 0,
+            "grad_clip": 0,
+        }
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"'{name}' is {getattr(self, name)}, expected at least {minimum}")
+        for name in ("decay_fraction", "final_learning_rate_fraction", "momentum", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"'{name}' is {getattr(self, name)}, expected 0 to 1")
+
+    def _check_budget(self) -> None:
+        if self.max_steps < 0 or self.max_minutes < 0:
+            raise ValueError("'max_steps' and 'max_minutes' must not be negative")
+        if self.max_steps and self.max_minutes:
+            raise ValueError(
+                f"both 'max_steps' ({self.max_steps}) and 'max_minutes' ({self.max_minutes}) are given; give one"
+            )
+        if not self.max_steps and not self.max_minutes:
+            raise ValueError("neither 'max_steps' nor 'max_minutes' is given; give one")
+
+
+def parse_overrides(overrides: ModelOverrides) -> dict[str, Any]:
+    """Config fields as a mapping, from a mapping, a JSON object, or `key=value` texts whose values are YAML.
+
+    Raises:
+        ValueError: for a text that is neither.
+    """
+    import yaml
+
+    if isinstance(overrides, str) and overrides.lstrip().startswith("{"):
+        try:
+            overrides = yaml.safe_load(overrides)
+        except yaml.YAMLError as error:
+            raise ValueError(f"model_overrides: '{overrides}' is not a JSON object") from error
+    if isinstance(overrides, dict):
+        return dict(overrides)
+    texts = re.split(r"[,\s]+", overrides.strip()) if isinstance(overrides, str) else overrides or []
+    fields = {}
+    for text in texts:
+        name, equals, value = str(text).partition("=")
+        if not equals:
+            raise ValueError(f"model_overrides: '{text}' is not of the form key=value")
+        fields[name.strip()] = yaml.safe_load(value)
+    return fields

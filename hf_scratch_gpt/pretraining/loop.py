@@ -1,0 +1,225 @@
+"""The pretraining loop: one optimizer step after the other, until the budget is spent or somebody asks to stop."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_scratch_gpt.pretraining.arguments import PretrainArguments
+from hf_scratch_gpt.pretraining.checkpointing import TrainingState, save_checkpoint
+from hf_scratch_gpt.pretraining.optimizers import Optimizers
+from hf_scratch_gpt.pretraining.schedules import Budget, decay_factor, warmup_factor
+from hf_scratch_gpt.runs import Interrupted, StageRun, StopRequest
+from hf_scratch_gpt.runs.training import progress_bar
+
+_MAX_SKIPPED_IN_A_ROW = 5
+_RECENT_LOSSES = 20
+_STARTING_MOMENTUM = 0.85
+
+BatchReader = Callable[[int], dict[str, Tensor]]
+
+
+class PretrainingLoop:
+    """Trains a prepared loss module; all processes run it in step.
+
+    Args:
+        arguments (`PretrainArguments`): The stage's settings.
+        accelerator (`Accelerator`): Of this process.
+        run (`StageRun`): Takes the curve and the checkpoints.
+        module: Loss module as `accelerator.prepare` returned it: (input_ids, position_ids) to a summed loss.
+        model: The bare model inside of it.
+        optimizers (`Optimizers`): Over its parameters.
+        read_batch: This process's share of the windows of a step; a pure function of the step.
+        state (`TrainingState`): Where to begin; updated in place.
+        budget (`Budget`): How much to train.
+        clock: Seconds of the stage so far.
+    """
+
+    def __init__(
+        self,
+        arguments: PretrainArguments,
+        accelerator: Any,
+        run: StageRun,
+        module: torch.nn.Module,
+        model: torch.nn.Module,
+        optimizers: Optimizers,
+        read_batch: BatchReader,
+        state: TrainingState,
+        budget: Budget,
+        clock: Callable[[], float],
+    ):
+        self.arguments, self.accelerator, self.run = arguments, accelerator, run
+        self.module, self.model, self.optimizers = module, model, optimizers
+        self.read_batch, self.state, self.budget, self.clock = read_batch, state, budget, clock
+        self.tokens_per_step = arguments.batch_size * arguments.context_length
+        # Every window is full, so the number of targets over all processes is known beforehand.
+        self.targets_per_step = arguments.batch_size * (arguments.context_length - 1)
+        self._steps_here, self._seconds_here = 0, 0.0
+        self._mark = (0, 0.0)
+        self._checkpointed_at = clock()
+
+    def train(self, stop: StopRequest) -> None:
+        """Train until the budget is spent, then save a checkpoint that is marked as done.
+
+        Raises:
+            Interrupted: if `stop` was requested; a checkpoint of the last step is saved.
+            ValueError: if the loss was not finite for several steps in a row.
+        """
+        state = self.state
+        if state.done:
+            return
+        state.elapsed = self.clock()
+        if state.schedule_start is None:
+            state.schedule_start = state.elapsed
+        with contextlib.closing(self._make_bar()) as bar:
+            self._train(bar, stop)
+        state.done = True
+        self._checkpoint()
+
+    def _train(self, bar: Any, stop: StopRequest) -> None:
+        state = self.state
+        while not self.budget.spent(state.step, state.elapsed, self._step_seconds()):
+            self._step()
+            asked, due = self._agree(stop)
+            self._log(bar)
+            if asked:
+                self._checkpoint()
+                raise Interrupted(f"{self.run.folder}: stopped by {stop.requested or 'a signal'} at step {state.step}")
+            if due:
+                self._checkpoint()
+
+    def _make_bar(self) -> Any:
+        """The progress bar, over steps or over seconds; a silent one in the processes other than the first."""
+        if self.budget.steps is not None:
+            bar = progress_bar("pretrain", self.budget.steps, self.state.step)
+        else:
+            assert self.budget.seconds is not None
+            bar = progress_bar("pretrain", round(self.budget.seconds), round(self.state.elapsed))
+            # No rate: it would always be one second a second.
+            bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+        bar.disable = bar.disable or not self.accelerator.is_main_process
+        return bar
+
+    def _step_seconds(self) -> float:
+        return self._seconds_here / self._steps_here if self._steps_here else 0.0
+
+    def _set_rates(self) -> None:
+        arguments, state = self.arguments, self.state
+        assert state.schedule_start is not None
+        progress = self.budget.progress(state.step, state.elapsed, state.schedule_start)
+        decay = decay_factor(
+            progress, arguments.schedule, arguments.decay_fraction, arguments.final_learning_rate_fraction
+        )
+        self.optimizers.set_factor(decay * warmup_factor(state.step, arguments.warmup_steps))
+        if arguments.momentum_warmup_steps:
+            share = min(1.0, state.step / arguments.momentum_warmup_steps)
+            self.optimizers.set_momentum(_STARTING_MOMENTUM + share * (arguments.momentum - _STARTING_MOMENTUM))
+
+    def _step(self) -> None:
+        """One optimizer step, or a skipped one if loss or gradient is not finite."""
+        arguments, state, accelerator = self.arguments, self.state, self.accelerator
+        begin = time.monotonic()
+        self._set_rates()
+        # Dropout, if any, is a function of (seed, step, rank) too: resuming needs no generator's state.
+        torch.manual_seed(hash((arguments.seed, state.step, accelerator.process_index)) % 2**63)
+        batch = self.read_batch(state.step)
+        state.data_seconds += time.monotonic() - begin
+        loss = self._accumulate_gradients(batch)
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), arguments.grad_clip or math.inf)
+        self.last_norm, last_loss = float(norm), float(accelerator.reduce(loss, "mean"))
+        finite = math.isfinite(self.last_norm) and math.isfinite(last_loss)
+        if finite:
+            self.optimizers.step()
+        self.optimizers.zero_grad()
+        state.step += 1
+        state.tokens += self.tokens_per_step
+        seconds = time.monotonic() - begin
+        state.train_seconds += seconds
+        self._steps_here, self._seconds_here = self._steps_here + 1, self._seconds_here + seconds
+        self._record(last_loss, finite)
+
+    def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
+        """Gradients of the mean loss over the targets of all processes; returns this process's share, times them."""
+        parts = self.arguments.gradient_accumulation_steps
+        # Data-parallel training averages gradients over the processes, a sum is wanted.
+        scale = self.accelerator.num_processes / self.targets_per_step
+        chunks = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(parts):
+            is_last = part == parts - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                loss = self.module(**{name: tensors[part] for name, tensors in chunks.items()}) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _record(self, loss: float, finite: bool) -> None:
+        state = self.state
+        if finite:
+            state.skipped_in_a_row = 0
+            state.pending_losses.append(loss)
+            state.recent_losses = [*state.recent_losses, loss][-_RECENT_LOSSES:]
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        reason = f"loss {loss}, gradient norm {self.last_norm}"
+        self.run.log(step=state.step, skipped_update=reason)
+        if state.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"{self.run.folder}: {_MAX_SKIPPED_IN_A_ROW} updates in a row were skipped up to step {state.step} "
+                f"({reason}); lower 'learning_rate' and 'muon_learning_rate', or set 'precision' to fp32"
+            )
+
+    def _agree(self, stop: StopRequest) -> tuple[bool, bool]:
+        """Let all processes see the same time; returns whether any was asked to stop, and whether to save now."""
+        arguments, state = self.arguments, self.state
+        elapsed = self.clock()
+        due = bool(arguments.checkpoint_steps) and state.step % arguments.checkpoint_steps == 0
+        seconds = arguments.checkpoint_seconds
+        due = due or (seconds > 0 and elapsed - self._checkpointed_at >= seconds)
+        asked = stop.requested is not None
+        if self.accelerator.num_processes > 1:
+            votes = torch.tensor(
+                [elapsed, float(asked), float(due)], dtype=torch.float64, device=self.accelerator.device
+            )
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+            elapsed, asked, due = float(votes[0]), bool(votes[1]), bool(votes[2])
+        state.elapsed = elapsed
+        return asked, due
+
+    def _log(self, bar: Any) -> None:
+        state = self.state
+        bar.update((state.step if self.budget.steps is not None else min(round(state.elapsed), bar.total)) - bar.n)
+        if state.step % self.arguments.logging_steps and not self.budget.spent(
+            state.step, state.elapsed, self._step_seconds()
+        ):
+            return
+        steps, seconds = self._steps_here - self._mark[0], self._seconds_here - self._mark[1]
+        self._mark = (self._steps_here, self._seconds_here)
+        if not state.pending_losses:
+            return
+        rates = {f"{name}_lr": rate for name, rate in self.optimizers.learning_rates.items()}
+        values: dict[str, float] = {
+            "loss": sum(state.pending_losses) / len(state.pending_losses),
+            "lr": rates.get("adamw_lr", 0.0),
+            **{name: rate for name, rate in rates.items() if name != "adamw_lr"},
+            "tokens": state.tokens,
+            "tokens_per_second": steps * self.tokens_per_step / max(seconds, 1e-9),
+            "grad_norm": self.last_norm,
+        }
+        state.pending_losses = []
+        if not math.isfinite(self.last_norm):
+            del values["grad_norm"]
+        self.run.log(step=state.step, **values)
+        self.accelerator.log(values, step=state.step)
+        bar.set_postfix({"loss": f"{values['loss']:.3f}", "tok/s": f"{values['tokens_per_second']:,.0f}"})
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run.checkpoints, self.model, self.optimizers, self.state)
+        self.accelerator.wait_for_everyone()
+        self._checkpointed_at = self.clock()

@@ -1,0 +1,253 @@
+"""The stage `pretrain`: train a base model from token shards, with an Accelerate loop of our own.
+
+    scratch-gpt pretrain recipes/quickstart/pretrain.yaml [--max_minutes 5]
+    accelerate launch --num_processes 8 -m hf_scratch_gpt pretrain RECIPE
+
+A batch is a pure function of (seed, step, rank), so a run that was killed goes on from its newest whole checkpoint as
+if nothing had happened: with `max_steps`, on a CPU in fp32, the weights are equal bit for bit. With `max_minutes` the
+schedule follows the clock, and a rerun is as long but not identical.
+"""
+
+import dataclasses
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_scratch_gpt.pretraining.arguments import PretrainArguments
+from hf_scratch_gpt.runs import StageRun, StopRequest, given_settings
+from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
+from hf_scratch_gpt.runs.hardware import keep_freed_memory
+
+logger = logging.getLogger(__name__)
+
+Arguments = PretrainArguments
+
+_SAVING_SECONDS = 3.0  # kept free at the end for the last checkpoint and the model's files
+
+
+def run(arguments: PretrainArguments) -> Path:
+    """Train a base model and write it, its tokenizer and its metrics to `arguments.output_dir`.
+
+    Raises:
+        FileNotFoundError: if `dataset_dir` is not a prepared folder.
+        ValueError: for settings that are out of range or do not fit the data, or a loss that stays non-finite.
+        Interrupted: if a signal stopped it, after a checkpoint; the same call continues.
+    """
+    started = time.monotonic()
+    arguments.check()
+    keep_freed_memory()
+    from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
+
+    accelerator = make_accelerator(arguments)
+    dataset = load_dataset(arguments.dataset_dir, arguments.context_length)
+    with StageRun(arguments, "pretrain") as run:
+        if not run.finished:
+            if arguments.report_to != "none":
+                accelerator.init_trackers("hf_scratch_gpt", config=_flat(given_settings(arguments)))
+            metrics = _Pretraining(arguments, accelerator, dataset, run, started).run_all()
+            run.finish(metrics)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return run.folder
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trackers take numbers and texts only."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
+    }
+
+
+class _Pretraining:
+    """One try at the stage: set up, train from the newest checkpoint, evaluate, save."""
+
+    def __init__(self, arguments: PretrainArguments, accelerator: Any, dataset: Any, run: StageRun, started: float):
+        from hf_scratch_gpt.pretraining import setup
+
+        self.arguments, self.accelerator, self.dataset = arguments, accelerator, dataset
+        self.run, self.started = run, started
+        self.documents = choose_documents(dataset.heldout, arguments.evaluation_bytes, arguments.seed)
+        if not self.documents:
+            logger.warning("%s: there is no held-out text, so bits per byte are not measured", dataset.folder)
+        self.model = setup.make_model(arguments, dataset).to(accelerator.device)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.bf16 = setup.wants_bf16(arguments.precision)
+        self.loss_module = setup.LanguageModelLoss(self.model, self.bf16)
+
+    def run_all(self) -> dict[str, Any]:
+        from hf_scratch_gpt.pretraining.loop import PretrainingLoop
+
+        arguments = self.arguments
+        self._restore()
+        state = self.state
+        if state.untrained is None:
+            state.untrained = self._evaluate()
+        if not state.done:
+            state.compiled = self._compile()
+        module = self.accelerator.prepare(self.loss_module)
+        loop = PretrainingLoop(
+            arguments,
+            self.accelerator,
+            self.run,
+            module,
+            self.model,
+            self.optimizers,
+            self._read_batch,
+            state,
+            self._make_budget(),
+            self._clock,
+        )
+        with StopRequest() as stop:
+            loop.train(stop)
+        trained = self._evaluate()
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(self.run.folder)
+            self.dataset.tokenizer.save_pretrained(self.run.folder)
+        return self._metrics(trained)
+
+    def _restore(self) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        from hf_scratch_gpt.data.loader import TokenShards
+        from hf_scratch_gpt.pretraining.checkpointing import TrainingState, load_checkpoint
+        from hf_scratch_gpt.pretraining.optimizers import make_optimizers
+
+        arguments = self.arguments
+        self.shards = TokenShards(self.dataset.folder, "train")
+        self.optimizers = make_optimizers(
+            self.model,
+            arguments.optimizer,
+            arguments.learning_rate,
+            arguments.muon_learning_rate,
+            arguments.momentum,
+            (arguments.adam_beta1, arguments.adam_beta2),
+            arguments.weight_decay,
+            arguments.cautious_weight_decay,
+        )
+        checkpoint = newest_checkpoint(self.run.checkpoints) if self.run.is_main and self.run.resumed else None
+        (checkpoint,) = broadcast_object_list([checkpoint])
+        self.state = TrainingState()
+        if checkpoint is not None:
+            self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
+        self.run.truncate_curve(self.state.step)
+        self._earlier_seconds = self.state.elapsed
+
+    def _clock(self) -> float:
+        """Seconds of the stage: of this try, and of earlier ones up to the checkpoint."""
+        return self._earlier_seconds + time.monotonic() - self.started
+
+    def _read_batch(self, step: int) -> dict[str, Any]:
+        from hf_scratch_gpt.data.loader import batch_windows
+
+        arguments, accelerator = self.arguments, self.accelerator
+        batch = batch_windows(
+            self.shards,
+            arguments.context_length,
+            arguments.batch_size // accelerator.num_processes,
+            arguments.seed,
+            step,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        names = ("input_ids", "position_ids") if arguments.separate_documents else ("input_ids",)
+        return {name: batch[name].to(accelerator.device) for name in names}
+
+    def _compile(self) -> bool:
+        """Compile if it is wanted and can be had, and say in one line how this run trains."""
+        from hf_scratch_gpt.pretraining.setup import try_compile, wants_compile
+
+        arguments, begin = self.arguments, time.monotonic()
+        compiled = wants_compile(arguments, self.parameters, self.accelerator.device.type)
+        if compiled:
+            if self.accelerator.is_main_process:
+                print("pretrain: compiling, which takes up to a minute ...", flush=True)
+            rows = arguments.batch_size // self.accelerator.num_processes // arguments.gradient_accumulation_steps
+            batch = {name: tensor[:rows] for name, tensor in self._read_batch(self.state.step).items()}
+            compiled = try_compile(self.loss_module, batch, required=arguments.compile == "true")
+            self.state.compile_seconds += time.monotonic() - begin
+        if self.accelerator.is_main_process:
+            processes = self.accelerator.num_processes
+            print(
+                f"pretrain: {self.parameters / 1e6:.2f}M parameters on {self.accelerator.device.type}, "
+                f"{processes} process{'es' if processes > 1 else ''}, {'bf16' if self.bf16 else 'fp32'}, "
+                f"{'compiled' if compiled else 'not compiled'}, {arguments.optimizer}, "
+                f"{arguments.batch_size} x {arguments.context_length} tokens a step",
+                flush=True,
+            )
+        return compiled
+
+    def _make_budget(self) -> Any:
+        from hf_scratch_gpt.pretraining.schedules import Budget
+
+        if self.arguments.max_steps:
+            return Budget(steps=self.arguments.max_steps)
+        # The random model's evaluation took as long as the trained one's will.
+        reserved = _SAVING_SECONDS + 1.1 * (self.state.untrained or {}).get("seconds", 0.0)
+        seconds = self.arguments.max_minutes * 60
+        if not self.state.done and self._clock() + reserved >= seconds:
+            raise ValueError(
+                f"'max_minutes' {self.arguments.max_minutes}: {self._clock():.0f} s have gone and evaluation and "
+                f"saving need {reserved:.0f} s, which leaves no time to train; raise it, or set 'evaluation_bytes'"
+            )
+        return Budget(seconds=seconds - reserved)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Bits per byte of the held-out documents, measured by the main process in fp32; empty without documents."""
+        from accelerate.utils import broadcast_object_list
+
+        from hf_scratch_gpt.evaluation.text import bits_per_byte
+
+        measured: dict[str, Any] = {}
+        if self.accelerator.is_main_process and self.documents:
+            begin = time.monotonic()
+            result = bits_per_byte(
+                self.model,
+                self.dataset.tokenizer,
+                self.documents,
+                self.arguments.context_length,
+                self.arguments.evaluation_batch_size,
+            )
+            measured = {**dataclasses.asdict(result), "seconds": time.monotonic() - begin}
+        (measured,) = broadcast_object_list([measured])
+        return measured
+
+    def _metrics(self, trained: dict[str, Any]) -> dict[str, Any]:
+        state, untrained = self.state, self.state.untrained or {}
+        recent = state.recent_losses
+        return {
+            "parameters": self.parameters,
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": state.train_seconds,
+            "tokens_per_second": state.tokens / max(state.train_seconds, 1e-9),
+            "data_share": state.data_seconds / max(state.train_seconds, 1e-9),
+            "compile_seconds": state.compile_seconds,
+            "evaluation_seconds": untrained.get("seconds", 0.0) + trained.get("seconds", 0.0),
+            "train_loss": sum(recent) / len(recent) if recent else None,
+            "skipped_updates": state.skipped,
+            "heldout_bits_per_byte": trained.get("mean"),
+            "heldout_bits_per_byte_interval": [trained.get("low"), trained.get("high")],
+            "random_init_bits_per_byte": untrained.get("mean"),
+            "heldout_documents": len(self.documents),
+            "heldout_bytes": sum(len(text.encode("utf-8")) for text in self.documents),
+            "precision": "bf16" if self.bf16 else "fp32",
+            "compiled": state.compiled,
+            "optimizer": self.arguments.optimizer,
+            "processes": self.accelerator.num_processes,
+        }
+
+
+def choose_documents(documents: list[str], limit_bytes: int, seed: int) -> list[str]:
+    """All non-empty documents, or a random choice that ends with the first one to reach `limit_bytes` (UTF-8)."""
+    documents = [text for text in documents if text]
+    if not limit_bytes:
+        return documents
+    chosen, size = [], 0
+    for index in random.Random(seed).sample(range(len(documents)), len(documents)):
+        if size >= limit_bytes:
+            break
+        chosen.append(documents[index])
+        size += len(documents[index].encode("utf-8"))
+    return chosen

@@ -1,0 +1,273 @@
+"""Everything that a pretraining run needs before its first step: launcher, data, model, precision, compilation."""
+
+import dataclasses
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overrides
+from hf_scratch_gpt.runs import read_json
+from hf_scratch_gpt.runs.hardware import has_fast_bf16
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILE = "tokenizer.json"
+_DOCUMENT_END, _TURN_END = "<|endoftext|>", "<|im_end|>"
+_OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
+_COMPILE_PAYS_AFTER_SECONDS = 120.0  # compiling takes up to a minute on a small machine and saves about a quarter
+_ASSUMED_CPU_FLOPS = 1e11  # two recent cores in fp32; only to guess how long `max_steps` will take
+
+
+def make_accelerator(arguments: PretrainArguments) -> Any:
+    """The `Accelerator` of this run, checked against what the launcher started.
+
+    Its mixed precision stays off: the loss module enters autocast itself, so that the recipe's `precision` decides.
+
+    Raises:
+        ValueError: if the processes would train apart without knowing of each other, or a tracker is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import ProjectConfiguration
+
+    tracker = None if arguments.report_to == "none" else arguments.report_to
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("report_to is 'tensorboard', which is not installed: pip install 'hf_scratch_gpt[track]'")
+    if tracker == "trackio" and importlib.util.find_spec("trackio") is None:
+        raise ValueError("report_to is 'trackio', which is not installed: pip install 'hf_scratch_gpt[track]'")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:  # a stage that ran in this process before may have left its own settings behind
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=tracker,
+        project_config=ProjectConfiguration(logging_dir=str(Path(arguments.output_dir) / "logs")),
+    )
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}, so each "
+            "would train alone; on CPUs start with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    shares = accelerator.num_processes * arguments.gradient_accumulation_steps
+    if arguments.batch_size % shares:
+        raise ValueError(
+            f"'batch_size' {arguments.batch_size} does not divide by {accelerator.num_processes} processes x "
+            f"{arguments.gradient_accumulation_steps} gradient_accumulation_steps; choose a multiple of {shares}"
+        )
+    return accelerator
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A folder of `scratch-gpt prepare`.
+
+    Args:
+        folder (`Path`): The folder.
+        manifest (`dict`): Its `manifest.json`.
+        tokenizer: Its tokenizer.
+        heldout (`list[str]`): The raw held-out documents; may be empty.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Any
+    heldout: list[str]
+
+
+def load_dataset(folder: str | Path, context_length: int) -> Dataset:
+    """Read and check the manifest, the tokenizer and the held-out text of a prepared folder.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if the tokenizer is not the one of the shards, or the corpus is shorter than one window.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    for name in ("manifest.json", _TOKENIZER_FILE, "heldout.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: has no {name}; expected a folder that `scratch-gpt prepare` wrote")
+    manifest = read_json(folder / "manifest.json")
+    if "train" not in manifest.get("splits", {}) or "vocab_size" not in manifest:
+        raise ValueError(f"{folder / 'manifest.json'}: has no train split or no vocab_size; run prepare again")
+    tokens = manifest["splits"]["train"]["tokens"]
+    if tokens < context_length:
+        raise ValueError(
+            f"{folder}: the training text has {tokens} tokens, fewer than one window of {context_length}; "
+            "add text or lower 'context_length'"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) != manifest["vocab_size"]:
+        raise ValueError(
+            f"{folder}: the shards were made with {manifest['vocab_size']} tokens, its tokenizer has "
+            f"{len(tokenizer)}; run prepare again"
+        )
+    return Dataset(folder, manifest, tokenizer, _read_documents(folder / "heldout.jsonl"))
+
+
+def _read_documents(path: Path) -> list[str]:
+    import json
+
+    documents = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                documents.append(json.loads(line)["text"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: expected {{"text": ...}} ({error!r})') from error
+    return documents
+
+
+def make_config(arguments: PretrainArguments, dataset: Dataset) -> Any:
+    """The model's config: preset, then overrides, then what the tokenizer and the run fix.
+
+    The context it claims (`max_position_embeddings`) is the one it is trained for unless an override says otherwise.
+
+    Raises:
+        ValueError: if the vocabulary is smaller than the tokenizer's, or the context shorter than the windows.
+    """
+    from hf_scratch_gpt.model import ScratchGPTConfig
+
+    overrides = parse_overrides(arguments.model_overrides)
+    vocab_size = dataset.manifest["vocab_size"]
+    tokenizer = dataset.tokenizer
+    fixed = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    overrides = {"vocab_size": vocab_size, **fixed, **overrides}
+    config = ScratchGPTConfig.from_preset(arguments.preset, **overrides)
+    if config.vocab_size < vocab_size:
+        raise ValueError(
+            f"the model's vocab_size is {config.vocab_size}, the tokenizer in {dataset.folder} has {vocab_size} tokens"
+        )
+    if arguments.context_length > config.max_position_embeddings:
+        raise ValueError(
+            f"'context_length' {arguments.context_length} is larger than the model's max_position_embeddings "
+            f"{config.max_position_embeddings}; lower it, or override max_position_embeddings"
+        )
+    if "max_position_embeddings" not in overrides:
+        overrides["max_position_embeddings"] = arguments.context_length
+        config = ScratchGPTConfig.from_preset(arguments.preset, **overrides)
+    return config
+
+
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """Ids that end a generation: the end of a turn and the end of a document."""
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in (_TURN_END, _DOCUMENT_END) if token in vocabulary]
+    return ids or [tokenizer.eos_token_id]
+
+
+def make_model(arguments: PretrainArguments, dataset: Dataset) -> Any:
+    """A freshly initialised model in fp32, the same for the same seed, with its generation config."""
+    from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+
+    config = make_config(arguments, dataset)
+    set_seed(arguments.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if arguments.zero_init_output_projections:
+        zero_output_projections(model)
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_token_ids(dataset.tokenizer), pad_token_id=dataset.tokenizer.pad_token_id, bos_token_id=None
+    )
+    return model.train()
+
+
+def zero_output_projections(model: nn.Module) -> None:
+    """Set the last matrix of each attention and feed-forward block to zero, so that a layer starts as the identity.
+
+    A sure small gain in the records of small-GPT training (modded-nanogpt); the idea is muP's (arXiv:2203.03466).
+
+    Raises:
+        ValueError: if the model has no such matrices.
+    """
+    found = 0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _OUTPUT_PROJECTIONS and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            found += 1
+    if not found:
+        raise ValueError(
+            "zero_init_output_projections is on, but the model has no matrices named o_proj or down_proj; turn it off"
+        )
+
+
+class LanguageModelLoss(nn.Module):
+    """A causal language model with its loss as one module, so that both compile and are wrapped together.
+
+    Args:
+        model: The causal language model.
+        bf16 (`bool`): Run the model under bf16 autocast; the loss itself is in fp32 either way.
+    """
+
+    def __init__(self, model: nn.Module, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.bf16 = bf16
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Summed cross entropy in nats of each token of `input_ids` (batch, length) but the first of a window."""
+        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        # Shift the small targets rather than copy the large logits.
+        targets = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def wants_bf16(precision: str) -> bool:
+    """Whether to train in bf16 autocast; warns where it was asked for and will be slow."""
+    if precision == "auto":
+        return has_fast_bf16()
+    if precision == "bf16" and not has_fast_bf16():
+        logger.warning("precision is bf16, which this machine only emulates: fp32 would be faster")
+    return precision == "bf16"
+
+
+def wants_compile(arguments: PretrainArguments, parameters: int, device: str) -> bool:
+    """Whether to try torch.compile. `auto`: on a GPU, or on a CPU with a C++ compiler if the run is long enough."""
+    if arguments.compile != "auto":
+        return arguments.compile == "true"
+    if device == "cuda":
+        return True
+    seconds = arguments.max_minutes * 60
+    if arguments.max_steps:
+        tokens = arguments.max_steps * arguments.batch_size * arguments.context_length
+        seconds = 6 * parameters * tokens / _ASSUMED_CPU_FLOPS
+    if seconds < _COMPILE_PAYS_AFTER_SECONDS:
+        return False
+    names = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if not any(name and shutil.which(name) for name in names):
+        logger.warning("no C++ compiler was found, so training is not compiled and about a quarter slower")
+        return False
+    return True
+
+
+def try_compile(module: LanguageModelLoss, batch: dict[str, Tensor], required: bool) -> bool:
+    """Compile `module` in place and prove it by one forward and backward pass over `batch`; leaves no gradients.
+
+    Returns:
+        Whether it is compiled: if compiling fails and is not `required`, it warns and the module runs as it is.
+
+    Raises:
+        ValueError: if it fails and is `required`.
+    """
+    # torch prints a page of its own warnings (cache sizes, max-autotune) that a user can do nothing about.
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    module.compile()
+    try:
+        module(**batch).backward()
+    except Exception as error:  # whatever the toolchain raises
+        module._compiled_call_impl = None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if required:
+            raise ValueError(f"compile is 'true', but torch.compile failed: {reason}") from error
+        logger.warning("torch.compile failed, so training runs uncompiled and slower: %s", reason)
+        return False
+    finally:
+        module.zero_grad(set_to_none=True)
+    return True
