@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# Test suites, applications, vendored copies and the hundred equal codec tables: not the documented library.
-SKIPPED_FOLDERS = {
-    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages",
-    "test", "tests", "turtledemo",
-}  # fmt: skip
+from hf_scratch_gpt.data.python_docs import source_files
+
+# Applications and vendored copies inside the standard library: not its documented part.
+SKIPPED_MODULES = {"ensurepip", "idlelib", "lib2to3", "turtledemo"}
 LONGEST_HEADER = 84
 LONGEST_SUMMARY = 76
 LONGEST_EXPRESSION = 40
@@ -67,17 +66,13 @@ class Definition:
         return " ".join([self.module, self.owner, self.header, self.summary, self.base, self.returned, self.raised[1]])
 
 
-def library_files(root: Path | None = None) -> list[tuple[str, Path]]:
-    """Public modules of the standard library: sorted (dotted name, source file); by default this interpreter's."""
-    root = root or Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[-1] == "__init__":
-            parts = parts[:-1]
-        if parts and not any(part in SKIPPED_FOLDERS or part.startswith("_") or "-" in part for part in parts):
-            found.append((".".join(parts), path))
-    return found
+def library_files(root: Path) -> list[tuple[str, Path]]:
+    """Public modules among the sources of the corpus `python-docs`: (dotted name, source file), ordered by name."""
+    return [
+        (module, path)
+        for module, path in source_files(root)
+        if not any(part in SKIPPED_MODULES or part.startswith("_") for part in module.split("."))
+    ]
 
 
 @lru_cache(maxsize=2)
@@ -87,6 +82,7 @@ def read_definitions(root: Path | None = None) -> tuple[Definition, ...]:
     Raises:
         ValueError: if there are no sources: some installations carry compiled files only.
     """
+    root = root or Path(sysconfig.get_path("stdlib"))
     definitions: list[Definition] = []
     for module, path in library_files(root):
         try:
