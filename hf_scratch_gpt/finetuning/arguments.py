@@ -1,0 +1,161 @@
+"""The settings that the stages on TRL's trainers (`sft`, `reward`, `dpo`) share, with defaults that fit a laptop."""
+
+import copy
+import dataclasses
+import os
+from typing import Any, ClassVar
+
+import torch
+
+from hf_scratch_gpt.runs import StageRun
+from hf_scratch_gpt.runs.hardware import has_fast_bf16, keep_freed_memory
+
+_PEFT_CHOICES = ("lora", "none")
+
+
+@dataclasses.dataclass
+class TuningArguments:
+    """Base of a tuning stage's settings: `class Arguments(TuningArguments, trl.SFTConfig)`.
+
+    Args:
+        model_name_or_path (`str`): Run folder, model folder or Hub id of the model to tune.
+        dataset (`str`): A `prepare` folder (its tasks), a local file, or a `datasets` id.
+        dataset_split (`str`, *optional*, defaults to `"train"`): Split of a `datasets` id.
+        eval_dataset (`str`, *optional*): Held-out data. Unset: the prepare folder's held-out tasks, or else a
+            `heldout_fraction` of `dataset`.
+        eval_split (`str`, *optional*): Split of `eval_dataset`; unset: `heldout` of a folder, `test` of an id.
+        heldout_fraction (`float`, *optional*, defaults to `0.05`): Share of `dataset` that is held out where there is
+            no other held-out data; 0 trains on all of it and measures nothing held out.
+        allow_dropped_rows (`bool`, *optional*, defaults to `False`): Go on when more than 1% of the rows are longer
+            than `max_length`.
+        peft (`str`, *optional*, defaults to `"lora"`): `"lora"` trains low-rank adapters and merges them at the end
+            (Hu et al. 2021, https://huggingface.co/papers/2106.09685); `"none"` trains all weights.
+        lora_r (`int`, *optional*, defaults to `16`): Rank.
+        lora_alpha (`int`, *optional*, defaults to `32`): The update is scaled by `lora_alpha / lora_r`.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
+        lora_target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): Modules that get an
+            adapter; `all-linear` leaves out the head.
+        max_length (`int`, *optional*): Longest row in tokens, control tokens included; longer rows are dropped.
+            Unset: the model's context.
+
+    Raises:
+        ValueError: for a setting out of its range.
+    """
+
+    input_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset", "eval_dataset")
+
+    # TrainingArguments turns a missing folder into "trainer_output"; "" is told apart from it and refused.
+    output_dir: str = dataclasses.field(default="", metadata={"help": "Folder that the stage writes."})
+    model_name_or_path: str = dataclasses.field(
+        default="", metadata={"help": "Run folder, model folder or Hub id of the model to tune."}
+    )
+    dataset: str = dataclasses.field(
+        default="", metadata={"help": "A prepare folder, a local file, or a datasets id."}
+    )
+    dataset_split: str = dataclasses.field(default="train", metadata={"help": "Split of a datasets id."})
+    eval_dataset: str | None = dataclasses.field(
+        default=None, metadata={"help": "Held-out data; unset: the prepare folder's, or a share of dataset."}
+    )
+    eval_split: str | None = dataclasses.field(
+        default=None, metadata={"help": "Split of eval_dataset; unset: heldout of a folder, test of a datasets id."}
+    )
+    heldout_fraction: float = dataclasses.field(
+        default=0.05, metadata={"help": "Share of dataset to hold out where no other held-out data is given."}
+    )
+    allow_dropped_rows: bool = dataclasses.field(
+        default=False, metadata={"help": "Go on when more than one row in a hundred is longer than max_length."}
+    )
+    peft: str = dataclasses.field(default="lora", metadata={"help": "lora (merged at the end) or none (all weights)."})
+    lora_r: int = dataclasses.field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = dataclasses.field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
+    lora_target_modules: str | list[str] = dataclasses.field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the modules that get an adapter; all-linear leaves out the head."},
+    )
+    max_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Longest row in tokens; unset: the model's context."}
+    )
+    # Fields of TrainingArguments and of TRL's configs, with defaults of ours.
+    bf16: bool | None = dataclasses.field(
+        default=None, metadata={"help": "bf16 autocast; unset: where bf16 is faster than fp32."}
+    )
+    gradient_checkpointing: bool = dataclasses.field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
+    )
+    report_to: str = dataclasses.field(
+        default="none", metadata={"help": "Where to log besides curve.jsonl: none, tensorboard or trackio."}
+    )
+    save_steps: float = dataclasses.field(default=100, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = dataclasses.field(default=2, metadata={"help": "Checkpoints kept."})
+    include_num_input_tokens_seen: str = dataclasses.field(
+        default="non_padding", metadata={"help": "What counts for tokens/s: no, all or non_padding."}
+    )
+    dataloader_pin_memory: bool = dataclasses.field(
+        default=False, metadata={"help": "Pin batches in memory; helps only large batches on a GPU."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+        self.use_cpu = bool(getattr(self, "use_cpu", False)) or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not getattr(self, "fp16", False) and has_fast_bf16()
+        super().__post_init__()  # type: ignore[misc]  # of the TRL config that comes next in the class order
+        self._check()
+
+    def _check(self) -> None:
+        if self.peft not in _PEFT_CHOICES:
+            raise ValueError(f"'peft' is '{self.peft}', expected one of {', '.join(_PEFT_CHOICES)}")
+        if self.lora_r < 1:
+            raise ValueError(f"'lora_r' is {self.lora_r}, expected at least 1")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(f"'heldout_fraction' is {self.heldout_fraction}, expected a share from 0 to below 1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"'max_length' is {self.max_length}, expected at least 2 tokens")
+
+    def check_inputs(self) -> None:
+        """Refuse settings without a model or data.
+
+        Raises:
+            ValueError: naming the missing setting.
+        """
+        for name in ("model_name_or_path", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"'{name}' is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
+
+
+def make_lora_config(arguments: Any, task_type: str, modules_to_save: list[str] | None = None) -> Any:
+    """The `peft.LoraConfig` of a stage's settings, or `None` for `peft: none`.
+
+    Raises:
+        ValueError: if the adapters target the head or the embedding. Tied to each other, merging one would change
+            both; and TRL multiplies with the head's plain weight, so an adapter on it would never train.
+    """
+    if arguments.peft == "none":
+        return None
+    from peft import LoraConfig
+
+    targets = list(arguments.lora_target_modules)
+    for name in targets:
+        if name.rpartition(".")[2] in ("lm_head", "embed_tokens", "score"):
+            raise ValueError(f"'lora_target_modules': an adapter on '{name}' is not supported; leave it out")
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type=task_type,
+        modules_to_save=modules_to_save,
+    )
+
+
+def trainer_arguments(arguments: Any, run: StageRun, max_length: int | None) -> Any:
+    """A copy of the settings for the trainer, which writes its checkpoints below the run; `run` keeps the original."""
+    keep_freed_memory()
+    copied = copy.copy(arguments)
+    copied.output_dir = str(run.checkpoints)
+    copied.max_length = max_length
+    # The default log folder is below `checkpoints`, which goes when the run is finished.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
+    return copied

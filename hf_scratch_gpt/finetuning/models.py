@@ -1,0 +1,166 @@
+"""Loading the model to tune, and writing the tuned one: merged, checked and complete."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import logging as transformers_logging
+
+import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+# Merging adds the low-rank update to the weight before instead of after the product: equal up to fp32 rounding.
+MERGE_TOLERANCE = 1e-3
+
+
+def check_model_source(source: str) -> None:
+    """Refuse a local folder that holds no model before the library takes it for a Hub id.
+
+    Raises:
+        FileNotFoundError: if it looks like a path and is missing.
+        ValueError: if the folder has no config.json.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source}: not a model folder (it has no config.json)")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"no such model folder: {source}")
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer beside a model, fit for tuning.
+
+    Raises:
+        ValueError: if it has no chat template, no end token, or pads with an end token, which would hide the ends of
+            answers from the loss and from reward models.
+    """
+    check_model_source(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{source}: its tokenizer has no chat template; conversations cannot be rendered")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: its tokenizer has no end token (eos_token)")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError(f"{source}: its tokenizer needs a pad token of its own, distinct from the end token")
+    return tokenizer
+
+
+def load_model(auto_class: Any, source: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(source)` in fp32 on the CPU; remote code stays off.
+
+    A head that the checkpoint does not have yet is announced as missing by transformers: expected, hence silenced,
+    and so is its bar.
+    """
+    check_model_source(source)
+    level, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(source, dtype=torch.float32, **options)
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def context_length(source: str, asked: int | None) -> int:
+    """Longest row in tokens: `max_length` if given, else the model's context.
+
+    Raises:
+        ValueError: if `max_length` exceeds the context.
+    """
+    check_model_source(source)
+    context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    if asked is None:
+        if context is None:
+            raise ValueError(f"{source}: its config names no max_position_embeddings; set max_length")
+        return context
+    if context is not None and asked > context:
+        raise ValueError(f"'max_length' is {asked}, but {source} has a context of {context} tokens")
+    return asked
+
+
+def generation_config_for(tokenizer: Any) -> GenerationConfig:
+    """Generation stops at the turn's end and at the document's; padding is its own token."""
+    ends = [tokenizer.eos_token_id]
+    document_end = tokenizer.get_vocab().get("<|endoftext|>")
+    if document_end is not None and document_end not in ends:
+        ends.append(document_end)
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+
+def trainable_parameters(model: Any) -> int:
+    """Number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (fp32, on the CPU) in evaluation mode, without autocast, dropout or gradients."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+        logits = model(input_ids=input_ids).logits.float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def merge_adapter(model: Any, input_ids: torch.Tensor) -> Any:
+    """Merge a `PeftModel`'s adapter into its base and prove by the logits of `input_ids` that nothing else changed.
+
+    Raises:
+        ValueError: if a merged weight is not finite, or the logits move by more than `MERGE_TOLERANCE` of their scale.
+    """
+    input_ids = input_ids.to(model.device)
+    before = logits_of(model, input_ids)
+    merged = model.merge_and_unload(safe_merge=True)
+    after = logits_of(merged, input_ids)
+    error = (after - before).abs().max().item() / max(1.0, before.abs().max().item())
+    if not error <= MERGE_TOLERANCE:
+        raise ValueError(
+            f"merging changed the logits by {error:.2g} of their scale (at most {MERGE_TOLERANCE:g} is rounding): "
+            "keep the adapter and load it with peft"
+        )
+    return merged
+
+
+def save_tuned(model: Any, tokenizer: Any, folder: str | Path, sample: list[list[int]]) -> Any:
+    """Write a complete model folder: the merged model, its tokenizer and generation config, and `adapter/` if any.
+
+    Args:
+        model: The trained model, a `PeftModel` or a plain one.
+        tokenizer: Saved beside it.
+        folder: Where to.
+        sample: Rows of token ids on which the merge is checked.
+
+    Returns:
+        The plain model that was saved.
+
+    Raises:
+        ValueError: if the merge changes the logits.
+    """
+    folder = Path(folder)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder / ADAPTER_FOLDER)
+        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # peft's card template, unfilled
+        model = merge_adapter(model, _rectangle(sample))
+    # TRL bound its own forward to the instance.
+    vars(model).pop("forward", None)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = generation_config_for(tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is None:
+        generation_config_for(tokenizer).save_pretrained(folder)
+    return model
+
+
+def _rectangle(rows: list[list[int]]) -> torch.Tensor:
+    """Rows cut to the shortest one's length."""
+    shortest = min(len(row) for row in rows)
+    return torch.tensor([row[:shortest] for row in rows])

@@ -1,0 +1,62 @@
+"""What our trainers on top of TRL's share: batches of like length, in an order that resuming reproduces."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthSampler(Sampler[int]):
+    """Shuffled examples in batches of like length, as a pure function of (seed, epoch).
+
+    transformers' `LengthGroupedSampler` draws from the global generator, so a run that resumes in its second epoch
+    sees other batches than one that was not interrupted. As there, the first batch holds the longest example, so that
+    running out of memory shows at once.
+
+    Args:
+        lengths (`list[int]`): Length of each example.
+        batch_size (`int`): Examples an optimizer step, over all processes.
+        seed (`int`): Seed.
+    """
+
+    _BATCHES_A_POOL = 50  # examples are sorted within pools of this many batches
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch; called by the training loop."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * self._BATCHES_A_POOL
+        batches: list[list[int]] = []
+        for start in range(0, len(order), pool):
+            members = sorted(order[start : start + pool], key=lambda index: -self.lengths[index])
+            batches += [members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)]
+        # A short batch must stay last, or all batches after it would straddle two lengths.
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [index for batch in batches if len(batch) < self.batch_size for index in batch]
+        shuffled = [whole[at] for at in torch.randperm(len(whole), generator=generator).tolist()]
+        longest = max(range(len(shuffled)), key=lambda at: self.lengths[shuffled[at][0]], default=0)
+        if shuffled:
+            shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+        yield from (index for batch in shuffled for index in batch)
+        yield from rest
+
+
+class LengthGrouping:
+    """Mixin for a `Trainer` whose data set's examples were encoded by `tokenise` (they have a known length)."""
+
+    args: Any
+    example_lengths: list[int]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(self.example_lengths, batch_size, self.args.seed)

@@ -1,0 +1,82 @@
+"""A tuning stage's settings: from YAML, stable, with defaults that run on any machine."""
+
+import pytest
+
+from hf_scratch_gpt.alignment.dpo import Arguments as DPOArguments
+from hf_scratch_gpt.alignment.reward import Arguments as RewardArguments
+from hf_scratch_gpt.finetuning.arguments import make_lora_config
+from hf_scratch_gpt.finetuning.sft import Arguments as SFTArguments
+from hf_scratch_gpt.runs import parse_arguments
+from hf_scratch_gpt.runs.folder import fingerprint
+from hf_scratch_gpt.runs.hardware import has_fast_bf16
+
+ALL = [SFTArguments, RewardArguments, DPOArguments]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {tmp_path / 'base'}\ndataset: data.jsonl\nlearning_rate: 1e-3\nlora_r: 4\n"
+        f"lora_target_modules: [q_proj, v_proj]\nmax_steps: 7\nwarmup_steps: 2\noutput_dir: {tmp_path / 'out'}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("argument_class", ALL)
+def test_yaml_and_command_line_give_the_settings_and_ours_are_the_defaults(argument_class, recipe, tmp_path):
+    arguments = parse_arguments(argument_class, [str(recipe), "--lora_alpha", "8"])
+    assert (arguments.lora_r, arguments.lora_alpha, arguments.learning_rate) == (4, 8, 1e-3)
+    assert arguments.lora_target_modules == ["q_proj", "v_proj"]
+    assert arguments.output_dir == str(tmp_path / "out")
+    assert arguments.bf16 is has_fast_bf16()
+    assert arguments.use_cpu
+    assert not arguments.gradient_checkpointing
+    assert arguments.report_to == []
+    assert arguments.save_total_limit == 2
+
+
+@pytest.mark.parametrize("argument_class", ALL)
+def test_two_readings_of_a_recipe_have_one_fingerprint_and_another_setting_has_another(argument_class, recipe):
+    first, second = (fingerprint(parse_arguments(argument_class, [str(recipe)]), "stage") for _ in range(2))
+    assert first == second
+    assert fingerprint(parse_arguments(argument_class, [str(recipe), "--seed", "3"]), "stage") != first
+    # What only this machine decides (bf16) and where it is written do not count.
+    moved = parse_arguments(argument_class, [str(recipe), "--output_dir", "elsewhere"])
+    moved.bf16 = not moved.bf16
+    assert fingerprint(moved, "stage") == first
+
+
+@pytest.mark.parametrize("argument_class", ALL)
+def test_settings_that_cannot_work_are_refused_by_name(argument_class, recipe):
+    for flags, culprit in (
+        (["--peft", "dora"], "'peft'"),
+        (["--lora_r", "0"], "'lora_r'"),
+        (["--heldout_fraction", "1.5"], "'heldout_fraction'"),
+        (["--max_length", "1"], "'max_length'"),
+        (["--max_seq_length", "9"], "did you mean 'max_length'"),
+    ):
+        with pytest.raises(ValueError, match=culprit):
+            parse_arguments(argument_class, [str(recipe), *flags])
+    with pytest.raises(ValueError, match="'output_dir' is missing"):
+        parse_arguments(argument_class, ["--model_name_or_path", "x", "--dataset", "y"])
+    with pytest.raises(ValueError, match="'dataset' is missing"):
+        argument_class(output_dir="out", model_name_or_path="x").check_inputs()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_an_adapter_on_a_tied_head_or_embedding_is_refused(name):
+    arguments = SFTArguments(output_dir="out", lora_target_modules=["q_proj", name])
+    with pytest.raises(ValueError, match=name):
+        make_lora_config(arguments, "CAUSAL_LM")
+
+
+def test_no_adapter_without_peft():
+    assert make_lora_config(SFTArguments(output_dir="out", peft="none"), "CAUSAL_LM") is None
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_packing_is_refused_since_batches_hold_rows_of_like_length(name):
+    with pytest.raises(ValueError, match=name):
+        SFTArguments(output_dir="out", **{name: True})
