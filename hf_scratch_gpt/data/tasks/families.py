@@ -85,7 +85,7 @@ def _usage(definition: Definition, random: Random) -> str:
     """A line that names both module and definition."""
     module, name = definition.module, definition.name
     call = f"{module}.{name}({', '.join(definition.required[:3])})"
-    return random.choice((f"from {module} import {name}", f"from {module} import {name}", call, f"value = {call}"))
+    return random.choice((f"from {module} import {name}", call))
 
 
 def module_of(definition: Definition, pool: Pool, random: Random) -> Question | None:
@@ -111,8 +111,19 @@ def module_closed_book(definition: Definition, pool: Pool, random: Random) -> Qu
     return Question("module_closed_book", "module_closed_book", definition.name, definition.module, wrong)
 
 
+def _without_body(definition: Definition) -> str:
+    return f"{definition.header}\n    ..."
+
+
 def _with_docstring(definition: Definition) -> str:
+    if not definition.summary:
+        return _without_body(definition)
     return f'{definition.header}\n    """{definition.summary}"""'
+
+
+def _as_help(definition: Definition) -> str:
+    """As `help()` prints it."""
+    return f"{definition.signature}\n    {definition.summary or '...'}"
 
 
 def _code_with_distractor(
@@ -177,13 +188,9 @@ def _arguments(signature: str) -> list[str]:
 def signature(definition: Definition, pool: Pool, random: Random) -> Question | None:
     if definition.kind == "class" or not definition.header or len(definition.signature) > 70:
         return None
-    show = _with_docstring if definition.summary and random.random() < 0.5 else lambda d: f"{d.header}\n    ..."
+    show = random.choice((_as_help, _with_docstring)) if definition.summary else _without_body
     code, other = _code_with_distractor(
-        definition,
-        pool,
-        show,
-        lambda d: d.signature if d.kind != "class" and (d.summary or show != _with_docstring) else "",
-        random,
+        definition, pool, show, lambda d: d.signature if d.owner or d.kind == "function" else "", random
     )
     spare = random.choice(
         random.choice([d.parameters for d in random.sample(pool.definitions, 60)] + [("value",)]) or ("data",)
@@ -210,7 +217,7 @@ def complete_call(definition: Definition, pool: Pool, random: Random) -> Questio
     spare = random.choice([*(name for name, _ in definition.defaults), *required[:given], definition.name, "value"])
     wrong = [f"{', '.join(items)})" for items in change_list(required[given:], spare, random)]
     code, _ = _code_with_distractor(
-        definition, pool, lambda d: f"{d.header}\n    ...", lambda d: d.name if d.required and d.header else "", random
+        definition, pool, _without_body, lambda d: d.name if d.required and d.header else "", random
     )
     return Question(
         "complete_call", "complete_call", definition.name, answer, _unique(wrong, answer), code, {"begun": begun}
@@ -227,7 +234,7 @@ def parameter(definition: Definition, pool: Pool, random: Random) -> Question | 
     code, other = _code_with_distractor(
         definition,
         pool,
-        lambda d: f"{d.header}\n    ...",
+        _without_body,
         lambda d: d.name if d.parameters and d.header else "",
         random,
     )
@@ -242,7 +249,7 @@ def default(definition: Definition, pool: Pool, random: Random) -> Question | No
     uncommon = [pair for pair in definition.defaults if pair[1] not in ("None", "False")]
     name, answer = random.choice(uncommon or definition.defaults)
     code, other = _code_with_distractor(
-        definition, pool, lambda d: f"{d.header}\n    ...", lambda d: d.name if d.defaults and d.header else "", random
+        definition, pool, _without_body, lambda d: d.name if d.defaults and d.header else "", random
     )
     shown = [text for _, text in (*definition.defaults, *(other.defaults if other else ()))]
     common = random.sample(COMMON_DEFAULTS, 3)
@@ -253,10 +260,8 @@ def default(definition: Definition, pool: Pool, random: Random) -> Question | No
 def class_base(definition: Definition, pool: Pool, random: Random) -> Question | None:
     if not definition.base:
         return None
-    show = _with_docstring if definition.summary and random.random() < 0.5 else lambda d: f"{d.header}\n    ..."
-    code, other = _code_with_distractor(
-        definition, pool, lambda d: show(d) if d.summary else f"{d.header}\n    ...", lambda d: d.base, random
-    )
+    show = random.choice((_with_docstring, _without_body))
+    code, other = _code_with_distractor(definition, pool, show, lambda d: d.base, random)
     wrong = _several(definition, [d for d in random.sample(pool.definitions, 200) if d.base], lambda d: d.base, random)
     wrong = [*([other.base] if other else []), definition.name, *wrong]
     return Question(
@@ -304,23 +309,22 @@ def raises(definition: Definition, pool: Pool, random: Random) -> Question | Non
 def words(pool: Pool, random: Random) -> Question | None:
     """Operations on a few names: the first or last of them, the one after another, join them, repeat one."""
     chosen = random.sample(pool.words, random.randint(3, 5))
-    listed, subject = " ".join(chosen), chosen[0]
+    subject, fields = chosen[0], {}
     operation = random.choice(("end", "after", "join", "repeat"))
     if operation == "end":
         which = random.choice(("first", "last"))
-        answer = chosen[0 if which == "first" else -1]
-        wrong, fields = [chosen[-1 if which == "first" else 0], *chosen], {"which": which, "words": listed}
-        subject = answer
+        answer = subject = chosen[0 if which == "first" else -1]
+        wrong, fields = [chosen[-1 if which == "first" else 0], *chosen], {"which": which}
     elif operation == "after":
         at = random.randrange(len(chosen) - 1)
         answer, subject = chosen[at + 1], chosen[at]
-        wrong, fields = [*chosen[at + 2 :], *chosen[:at], subject], {"word": subject, "words": listed}
+        wrong, fields = [*chosen[at + 2 :], *chosen[:at], subject], {"word": subject}
     elif operation == "join":
         chosen, separator = chosen[:3], random.choice(SEPARATORS)
         answer = separator.join(chosen)
         wrong = [separator.join(items) for items in change_list(chosen, random.choice(pool.words), random)]
         wrong += [other.join(chosen) for other in SEPARATORS if other != separator]
-        fields = {"words": " ".join(chosen), "separator": separator}
+        fields = {"separator": separator}
     else:
         count = random.choice((2, 3))
         answer = " ".join([subject] * count)
@@ -330,7 +334,8 @@ def words(pool: Pool, random: Random) -> Question | None:
             " ".join([subject] * (count - 1) + [chosen[1]]),
         ]
         fields = {"word": subject, "times": "twice" if count == 2 else "three times"}
-    return Question("words", f"words/{operation}", subject, answer, _unique(wrong, answer), fields=fields)
+    code = "" if operation == "repeat" else random.choice(("\n", "\n", " ")).join(chosen)
+    return Question("words", f"words/{operation}", subject, answer, _unique(wrong, answer), code, fields)
 
 
 def arithmetic(pool: Pool, random: Random) -> Question | None:

@@ -218,6 +218,6 @@ def _raised(node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, str]:
     if len(names) != 1 or len(calls) != len(statements):
         return "", ""
     name, text = names.pop(), _expression(calls[0])
-    if not re.fullmatch(r"[A-Za-z][\w.]{3,30}", name):
+    if not re.fullmatch(r"([A-Za-z]\w*\.)*[A-Z]\w+", name) or len(name) > 30:  # else perhaps a function that makes one
         return "", ""
     return name, f"raise {text or name + '(...)'}"

@@ -25,7 +25,7 @@ PREFERENCE_SHARES = {family: 0.03 if family == "module_closed_book" else 0.97 / 
 def write_tasks(
     folder: str | Path,
     seed: int = 42,
-    train_rows: int = 14_000,
+    train_rows: int = 20_000,
     heldout_rows: int = 1_000,
     train_pairs: int = 5_000,
     heldout_pairs: int = 800,
