@@ -1,0 +1,220 @@
+"""One line a stage: what it is judged by, before and after, with the interval, and whether it did its job."""
+
+import dataclasses
+from typing import Any
+
+from hf_scratch_gpt.reporting.summary import ROAD
+
+GOOD, NEUTRAL, BAD = "good", "neutral", "bad"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRow:
+    """A row of the stage table; numbers that do not exist are `None`.
+
+    Args:
+        stage (`str`): Name of the stage.
+        seconds (`float`): How long it took.
+        measure (`str`): What it is judged by.
+        before, after (`float`): The measure before and after the stage.
+        interval (`list[float]`): 95% interval of `after`.
+        before_interval (`list[float]`): 95% interval of `before`.
+        scale (`tuple[float, float]`): Range in which to draw the measure; `None` if it is not drawn.
+        chance (`float`): What guessing gives.
+        verdict (`str`): In words.
+        state (`str`): `"good"`, `"neutral"` or `"bad"`.
+        detail (`str`): Further figures, in words.
+    """
+
+    stage: str
+    seconds: float
+    measure: str = ""
+    before: float | None = None
+    after: float | None = None
+    interval: list[float] | None = None
+    before_interval: list[float] | None = None
+    scale: tuple[float, float] | None = None
+    chance: float | None = None
+    verdict: str = ""
+    state: str = NEUTRAL
+    detail: str = ""
+
+
+def percent(value: float) -> str:
+    """A share as a percentage: 0.954 is `95%`, 0.004 is `0.4%`."""
+    return f"{100 * value:.1f}%" if 0 < value < 0.0995 or 0.995 <= value < 1 else f"{100 * value:.0f}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `8.4 s`, `2 min 05 s`, `1 h 12 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: float) -> str:
+    """A count with a unit: `4.10M`, `1.1M`, `920k`, `37`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _tokenizer(stage: dict[str, Any]) -> dict[str, Any]:
+    if "bytes_per_token" not in stage:
+        return {}
+    return {
+        "measure": "bytes a token, held-out",
+        "before": 1.0,
+        "after": stage["bytes_per_token"],
+        "verdict": f"{stage['bytes_per_token']:.2f}× shorter than bytes",
+        "state": GOOD if stage["bytes_per_token"] > 1 else BAD,
+        "detail": f"{stage['vocab_size']:,} tokens in the vocabulary" if "vocab_size" in stage else "",
+    }
+
+
+def _prepare(stage: dict[str, Any]) -> dict[str, Any]:
+    if "train_tokens" not in stage:
+        return {}
+    heldout = f"{stage['heldout_documents']:,} held out" if "heldout_documents" in stage else ""
+    return {
+        "measure": "training tokens",
+        "after": stage["train_tokens"],
+        "verdict": f"{count(stage['train_tokens'])} tokens ready",
+        "state": GOOD,
+        "detail": ", ".join(
+            part
+            for part in (f"{stage['train_documents']:,} documents" if "train_documents" in stage else "", heldout)
+            if part
+        ),
+    }
+
+
+def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, Any]:
+    after, before = stage.get("heldout_bits_per_byte"), stage.get("random_init_bits_per_byte")
+    if after is None:
+        return {"measure": "held-out bits a byte", "verdict": "not measured"}
+    rivals = {name: compression.get(f"{name}_bits_per_byte") for name in ("gzip", "xz")}
+    beaten = [name for name, bits in rivals.items() if bits is not None and after < bits]
+    unbeaten = [name for name, bits in rivals.items() if bits is not None and after >= bits]
+    improved = before is not None and after < before
+    words = f"beats {' and '.join(beaten)}" if beaten else "better than untrained" if improved else "learnt nothing"
+    words += f", not yet {' and '.join(unbeaten)}" if beaten and unbeaten else ""
+    told = [f"{count(stage['parameters'])} parameters"] if "parameters" in stage else []
+    told += [f"{count(stage['tokens'])} tokens"] if "tokens" in stage else []
+    told += [f"{stage['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in stage else []
+    told += [f"{name} {bits:.2f}" for name, bits in rivals.items() if bits is not None]
+    return {
+        "measure": "held-out bits a byte",
+        "before": before,
+        "after": after,
+        "interval": stage.get("heldout_bits_per_byte_interval"),
+        "scale": (0.0, max(before or 0.0, after, 1.0)),
+        "verdict": words,
+        "state": GOOD if improved else BAD,
+        "detail": ", ".join(told),
+    }
+
+
+def _change(gain: list[float] | None, mean: float | None, unit: str) -> tuple[str, str]:
+    """Verdict and state of a gain with its interval: significant only if the interval leaves zero out."""
+    if gain is None or mean is None:
+        return "", NEUTRAL
+    told = f"{100 * mean:+.1f} {unit} [{100 * gain[0]:+.1f}, {100 * gain[1]:+.1f}]"
+    if gain[0] > 0:
+        return f"better: {told}", GOOD
+    if gain[1] < 0:
+        return f"worse: {told}", BAD
+    return f"no clear change: {told}", NEUTRAL
+
+
+def _sft(stage: dict[str, Any]) -> dict[str, Any]:
+    if "heldout_exact_match" not in stage:
+        return {"measure": "exact match, held-out", "verdict": "not evaluated"}
+    verdict, state = _change(stage.get("exact_match_gain_interval"), stage.get("exact_match_gain"), "points")
+    told = [f"{stage['questions']} unseen questions"]
+    if "base_few_shot_exact_match" in stage:
+        told.append(f"base model shown examples {percent(stage['base_few_shot_exact_match'])}")
+    return {
+        "measure": "exact match, held-out",
+        "before": stage.get("base_exact_match"),
+        "before_interval": stage.get("base_exact_match_interval"),
+        "after": stage["heldout_exact_match"],
+        "interval": stage["heldout_exact_match_interval"],
+        "scale": (0.0, 1.0),
+        "chance": stage.get("chance_level"),
+        "verdict": verdict,
+        "state": state,
+        "detail": ", ".join(told),
+    }
+
+
+def _reward(stage: dict[str, Any]) -> dict[str, Any]:
+    if "heldout_accuracy" not in stage:
+        return {"measure": "pairs ranked right, held-out", "verdict": "not measured"}
+    low, high = stage.get("heldout_accuracy_interval") or (stage["heldout_accuracy"],) * 2
+    state = GOOD if low > 0.5 else BAD if high < 0.5 else NEUTRAL
+    return {
+        "measure": "pairs ranked right, held-out",
+        "before": 0.5,
+        "after": stage["heldout_accuracy"],
+        "interval": stage.get("heldout_accuracy_interval"),
+        "scale": (0.0, 1.0),
+        "chance": 0.5,
+        "verdict": {GOOD: "above chance", NEUTRAL: "not above chance", BAD: "below chance"}[state],
+        "state": state,
+        "detail": f"{stage['heldout_pairs']} held-out pairs",
+    }
+
+
+def _aligned(stage: dict[str, Any]) -> dict[str, Any]:
+    if "gold_reward" not in stage:
+        return {"measure": "gold reward, held-out", "verdict": "not evaluated"}
+    verdict, state = _change(stage.get("gold_gain_interval"), stage.get("gold_gain"), "points")
+    told = [f"wins {percent(stage['win_rate_vs_sft'])} against sft"] if "win_rate_vs_sft" in stage else []
+    told += [f"KL {stage['kl']:.2f} nats"] if "kl" in stage else []
+    told += [f"{percent(stage['share_ended'])} ended"] if "share_ended" in stage else []
+    return {
+        "measure": "gold reward, held-out",
+        "before": stage.get("sft_gold_reward"),
+        "before_interval": stage.get("sft_gold_reward_interval"),
+        "after": stage["gold_reward"],
+        "interval": stage["gold_reward_interval"],
+        "scale": (0.0, 1.0),
+        "verdict": verdict,
+        "state": state,
+        "detail": ", ".join(told),
+    }
+
+
+def _evaluate(stage: dict[str, Any]) -> dict[str, Any]:
+    models = stage.get("models", {})
+    return {
+        "measure": "models compared",
+        "after": len(models),
+        "verdict": f"{stage['questions']} questions each" if "questions" in stage else "",
+        "state": GOOD,
+    }
+
+
+def stage_rows(report: dict[str, Any]) -> list[StageRow]:
+    """A row for each stage of a report that `make_report` made, in the order of the road."""
+    stages = report["stages"]
+    makers: dict[str, Any] = {
+        "tokenizer": _tokenizer,
+        "prepare": _prepare,
+        "pretrain": lambda stage: _pretrain(stage, stages.get("prepare", {}).get("heldout_compression") or {}),
+        "sft": _sft,
+        "reward": _reward,
+        "dpo": _aligned,
+        "ppo": _aligned,
+        "evaluate": _evaluate,
+    }
+    return [
+        StageRow(name, stages[name]["stage_seconds"], **makers[name](stages[name])) for name in ROAD if name in stages
+    ]
