@@ -55,27 +55,27 @@ def shuffled_index(index: np.ndarray, count: int, seed: int, epoch: int) -> np.n
 
 
 def windows_per_epoch(shards: TokenShards, context_length: int) -> int:
-    """How many windows an epoch has: what fits at every offset.
+    """How many windows an epoch has: what fits at every offset, or one if the text is shorter than two windows.
 
     Raises:
         ValueError: if the split is shorter than one window.
     """
-    count = (len(shards) - context_length + 1) // context_length
-    if context_length < 1 or count < 1:
+    if not 1 <= context_length <= len(shards):
         raise ValueError(
             f"{shards.folder}: the {shards.split} part has {len(shards)} tokens, too few for windows of "
             f"{context_length}; use a smaller context_length or more text"
         )
-    return count
+    return max(1, (len(shards) - context_length + 1) // context_length)
 
 
-def _window_starts(count: int, context_length: int, seed: int, samples: np.ndarray) -> np.ndarray:
-    """Start of the window of each sample number; an epoch's offset lies in `[0, context_length)`."""
+def _window_starts(total: int, count: int, context_length: int, seed: int, samples: np.ndarray) -> np.ndarray:
+    """Start of the window of each sample number among `total` tokens; an epoch's offset is below `context_length`."""
+    offsets = np.uint64(min(context_length, total - count * context_length + 1))
     starts = np.empty(len(samples), np.int64)
     epochs = samples // count
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        offset = int(_keys(seed, int(epoch), _ROUNDS + 1)[-1] % np.uint64(context_length))
+        offset = int(_keys(seed, int(epoch), _ROUNDS + 1)[-1] % offsets)
         order = shuffled_index(samples[chosen] % count, count, seed, int(epoch))
         starts[chosen] = order * context_length + offset
     return starts
@@ -119,7 +119,7 @@ def batch_windows(
     """
     count = windows_per_epoch(shards, context_length)
     samples = (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
-    starts = _window_starts(count, context_length, seed, samples)
+    starts = _window_starts(len(shards), count, context_length, seed, samples)
     input_ids = np.empty((batch_size, context_length), np.int64)
     for row, start in enumerate(starts):
         input_ids[row] = shards.read(int(start), context_length)

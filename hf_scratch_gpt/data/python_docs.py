@@ -137,7 +137,9 @@ def _render_compiled(module: Any, known_as: str) -> str:
     """A reference page of a module in C, from the docstrings that it carries; values are never shown."""
     entries = [f"Module {known_as}"]
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or not (inspect.isroutine(value) or isinstance(value, type)):
+        if name.startswith("_") or not (inspect.isbuiltin(value) or isinstance(value, type)):
+            continue
+        if name.endswith("hook"):  # a program may have put its own there
             continue
         if isinstance(value, type) and value.__module__ not in (module.__name__, known_as):
             continue

@@ -9,7 +9,6 @@ After each document stands one separator, `<|endoftext|>`, and nowhere else: tex
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,34 +48,20 @@ def separator_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def text_encoder(tokenizer: Any) -> Any:
-    """A `tokenizers.Tokenizer` like that of `tokenizer`, but without added tokens: in a text they are plain text."""
-    import tokenizers
-
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    settings.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    return tokenizers.Tokenizer.from_str(json.dumps(settings))
-
-
 def encode_documents(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Token ids of each text, without control tokens, in batches of about a megabyte over all cores."""
-    encoder = text_encoder(tokenizer)
+    """Token ids of each text, in which control tokens are plain text; in batches of a megabyte, on all cores."""
+    from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_texts
+
     dtype = token_dtype(len(tokenizer))
     batch: list[str] = []
     size = 0
-
-    def encode() -> Iterator[np.ndarray]:
-        for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=dtype)
-
     for text in texts:
         batch.append(text)
         size += len(text)
         if size >= _BATCH_CHARACTERS:
-            yield from encode()
+            yield from (np.array(ids, dtype) for ids in encode_texts(tokenizer, batch))
             batch, size = [], 0
-    if batch:
-        yield from encode()
+    yield from (np.array(ids, dtype) for ids in encode_texts(tokenizer, batch))
 
 
 class ShardWriter:

@@ -148,6 +148,8 @@ def read_documents(source: str, text_column: str = "text", dataset_split: str = 
         ValueError: if the source is of no supported kind, not UTF-8, malformed, without the column, or empty.
     """
     path = Path(source).expanduser()
+    if not source:
+        raise FileNotFoundError("no such file or folder: ''")  # Path("") would be the current folder
     if source == PYTHON_DOCS:
         from hf_scratch_gpt.data.python_docs import read_python_docs
 
@@ -156,7 +158,7 @@ def read_documents(source: str, text_column: str = "text", dataset_split: str = 
         documents = _read_folder(path, source, text_column)
     elif path.is_file():
         documents = _read_single_file(path, source, text_column)
-    elif not source or _looks_like_a_path(source):
+    elif _looks_like_a_path(source):
         raise FileNotFoundError(f"no such file or folder: '{source}'")
     elif "/" not in source and nearest(source, [PYTHON_DOCS]):
         raise ValueError(f"unknown source '{source}'{nearest(source, [PYTHON_DOCS])}")

@@ -4,6 +4,7 @@ scratch-gpt tokenizer --output_dir runs/tokenizer --sources my_texts/ --vocab_si
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, ClassVar
 from hf_scratch_gpt.data.corpus import Corpus, CorpusArguments
 from hf_scratch_gpt.data.shards import encode_documents, tokenizer_fingerprint
 from hf_scratch_gpt.runs import StageRun
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_SHOWN = 20
 
@@ -66,7 +69,9 @@ def measure_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     tokens = sum(len(ids) for ids in counts)
     used = set().union(*(ids.tolist() for ids in counts))
     sizes = token_sizes(tokenizer)
-    longest = sorted(sizes, key=lambda token: (-sizes[token], token))[:_LONGEST_SHOWN]
+    decoded = {token: tokenizer.backend_tokenizer.decoder.decode([token]) for token in sizes}
+    words = [token for token in sizes if any(map(str.isalpha, decoded[token]))]  # not runs of spaces or dashes
+    longest = sorted(words, key=lambda token: (-sizes[token], token))[:_LONGEST_SHOWN]
     histogram = Counter(sizes.values())
     return {
         "bytes_per_token": sum(len(text.encode()) for text in texts) / tokens,
@@ -75,7 +80,7 @@ def measure_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
         "heldout_bytes": sum(len(text.encode()) for text in texts),
         "heldout_tokens": tokens,
         "vocabulary_used": len(used) / len(tokenizer),
-        "longest_tokens": [tokenizer.backend_tokenizer.decoder.decode([token]) for token in longest],
+        "longest_tokens": [decoded[token] for token in longest],
         "token_bytes_histogram": {str(size): histogram[size] for size in sorted(histogram)},
     }
 
@@ -102,6 +107,10 @@ def run(arguments: TokenizerArguments) -> Path:
             bar.update()
             measured = measure_tokenizer(tokenizer, texts.heldout)
             bar.update()
+        if len(tokenizer) < arguments.vocab_size:
+            logger.warning(
+                "the text gives %d tokens, fewer than the %d asked for", len(tokenizer), arguments.vocab_size
+            )
         run.finish(
             {
                 "vocab_size": len(tokenizer),

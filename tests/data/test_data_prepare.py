@@ -1,0 +1,210 @@
+"""The stage `prepare`: what it writes is the text, split as the tokenizer's, and a kill leaves all or nothing."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from hf_scratch_gpt.data import prepare, tokenizer_stage
+from hf_scratch_gpt.data.corpus import Corpus
+from hf_scratch_gpt.data.shards import TokenShards, read_manifest, tokenizer_fingerprint
+from hf_scratch_gpt.runs import read_metrics
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "<|endoftext|>", "tags", "é", "漢"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    chance = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = ({"text": " ".join(chance.choices(WORDS, k=chance.randint(5, 60)))} for _ in range(200))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(text, tmp_path_factory):
+    settings = {"sources": [str(text)], "vocab_size": 320, "heldout_fraction": 0.1}
+    return tokenizer_stage.run(
+        tokenizer_stage.Arguments(output_dir=str(tmp_path_factory.mktemp("run") / "tokenizer"), **settings)
+    )
+
+
+def arguments(folder, text, tokenizer_folder, **settings):
+    defaults = {"heldout_fraction": 0.1, "shard_tokens": 500, "tokenizer_dir": str(tokenizer_folder)}
+    return prepare.Arguments(output_dir=str(folder), sources=[str(text)], **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def prepared(text, tokenizer_folder, tmp_path_factory):
+    return prepare.run(arguments(tmp_path_factory.mktemp("run") / "prepare", text, tokenizer_folder))
+
+
+def documents_in(folder, split):
+    """The documents of a split, decoded from its shards."""
+    shards = TokenShards(folder, split)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents, ids = [], []
+    for token in shards.read(0, len(shards)).tolist():
+        if token == shards.separator_id:
+            documents.append(tokenizer.decode(ids))
+            ids = []
+        else:
+            ids.append(token)
+    assert not ids, "the last document has no separator"
+    return documents
+
+
+def test_the_shards_hold_each_document_exactly_and_in_its_split(prepared, text, tokenizer_folder):
+    expected: dict[str, list[str]] = {"train": [], "heldout": []}
+    for split, document in Corpus(arguments("unused", text, tokenizer_folder)):
+        expected[split].append(document.text)
+    assert len(expected["heldout"]) > 5
+    assert any("<|endoftext|>" in document for document in expected["heldout"])
+    for split in expected:
+        assert documents_in(prepared, split) == expected[split]
+
+
+def test_the_held_out_file_is_the_held_out_split(prepared):
+    rows = [json.loads(line) for line in (prepared / "heldout.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == documents_in(prepared, "heldout")
+    assert set(rows[0]) == {"text", "source", "id"}
+    entry = read_manifest(prepared)["splits"]["heldout"]
+    assert entry["bytes"] == sum(len(row["text"].encode()) for row in rows)
+    assert entry["documents"] == len(rows)
+
+
+def test_the_manifest_describes_the_tokenizer_and_the_shards(prepared, tokenizer_folder):
+    manifest = read_manifest(prepared)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert manifest["tokenizer_fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert (manifest["vocab_size"], manifest["dtype"]) == (len(tokenizer), "uint16")
+    assert len(manifest["splits"]["train"]["shards"]) > 3
+
+
+def test_the_compressors_are_measured_on_exactly_the_held_out_text(prepared):
+    heldout = "".join(documents_in(prepared, "heldout")).encode()
+    measured = read_metrics(prepared)["metrics"]["heldout_compression"]
+    assert measured["bytes"] == len(heldout)
+    assert measured["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip.compress(heldout, 9)) / len(heldout))
+    # The command-line tool's own dictionary size gives the same stream but for a byte of header.
+    assert measured["xz_bits_per_byte"] == pytest.approx(
+        8 * len(lzma.compress(heldout, preset=9)) / len(heldout), rel=0.01
+    )
+
+
+def test_a_text_of_one_byte_has_its_compression_too():
+    assert prepare.compression(b"a")["bytes"] == 1
+
+
+def test_another_split_than_the_tokenizers_is_refused(tmp_path, text, tokenizer_folder):
+    for changed in ({"seed": 1}, {"heldout_fraction": 0.2}):
+        with pytest.raises(ValueError, match="held-out text would have trained the tokenizer"):
+            prepare.run(arguments(tmp_path / "prepare", text, tokenizer_folder, **changed))
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(text.read_bytes())
+    prepare.run(arguments(tmp_path / "prepare", other, tokenizer_folder, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_dir": ""}, "'tokenizer_dir' is missing"),
+        ({"tokenizer_dir": "nowhere"}, "nowhere: no tokenizer here"),
+        ({"tasks": "chess"}, "'tasks' is 'chess'"),
+        ({"shard_tokens": 0}, "'shard_tokens' is 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(tmp_path, text, tokenizer_folder, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare.run(arguments(tmp_path / "prepare", text, tokenizer_folder, **settings))
+
+
+def test_tasks_are_written_when_asked_for(tmp_path, text, tokenizer_folder, monkeypatch):
+    from hf_scratch_gpt.data import tasks
+
+    def write_tasks(folder, seed):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(f"{seed}")
+        return {"train": {"arithmetic": 1}}
+
+    monkeypatch.setattr(tasks, "write_tasks", write_tasks)
+    folder = prepare.run(arguments(tmp_path / "prepare", text, tokenizer_folder, tasks="python-docs"))
+    assert (folder / "tasks" / "train.jsonl").read_text() == "42"
+    assert read_metrics(folder)["metrics"]["tasks"] == {"train": {"arithmetic": 1}}
+
+
+def test_an_error_half_way_leaves_nothing_that_looks_finished(tmp_path, text, tokenizer_folder):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(text.read_text() + "{")
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 201: not valid JSON"):
+        prepare.run(arguments(tmp_path / "prepare", broken, tokenizer_folder))
+    with pytest.raises(FileNotFoundError):
+        TokenShards(tmp_path / "prepare")
+    broken.write_text(text.read_text())
+    assert len(documents_in(prepare.run(arguments(tmp_path / "prepare", broken, tokenizer_folder)), "train")) > 100
+
+
+SLOWED = """
+import sys, time
+from hf_scratch_gpt.data import prepare, shards
+add = shards.ShardWriter.add
+def slow_add(self, ids, size):
+    print(self.documents, flush=True)
+    time.sleep(0.01)
+    add(self, ids, size)
+shards.ShardWriter.add = slow_add
+from hf_scratch_gpt.cli import main
+sys.exit(main(["prepare", *sys.argv[1:]]))
+"""
+
+
+def test_after_a_kill_the_same_command_gives_the_same_shards(tmp_path, text, tokenizer_folder, prepared):
+    folder = tmp_path / "prepare"
+    flags = ["--output_dir", folder, "--tokenizer_dir", tokenizer_folder, "--sources", text]
+    flags += ["--heldout_fraction", "0.1", "--shard_tokens", "500"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "50":
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert (folder / "train" / "shard-00000.bin").is_file()
+    with pytest.raises(FileNotFoundError, match="run the stage 'prepare' first"):
+        TokenShards(folder)
+    prepare.run(arguments(folder, text, tokenizer_folder))
+    assert read_manifest(folder) == read_manifest(prepared)
+
+
+def test_tinyshakespeare_goes_through_both_stages(tmp_path):
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    source = Path(os.environ.get("SCRATCH_GPT_TEST_DATA", default)) / "tinyshakespeare.txt"
+    if not source.is_file():
+        pytest.skip("no tinyshakespeare.txt; set SCRATCH_GPT_TEST_DATA to the folder of the test data")
+    began = time.monotonic()
+    tokenizer_folder = tokenizer_stage.run(
+        tokenizer_stage.Arguments(output_dir=str(tmp_path / "tokenizer"), sources=[str(source)], vocab_size=1024)
+    )
+    folder = prepare.run(
+        prepare.Arguments(
+            output_dir=str(tmp_path / "prepare"), sources=[str(source)], tokenizer_dir=str(tokenizer_folder)
+        )
+    )
+    assert time.monotonic() - began < 60
+    text = source.read_text(encoding="utf-8")
+    pieces = [*documents_in(folder, "train"), *documents_in(folder, "heldout")]
+    assert all(piece in text for piece in pieces)
+    assert sum(len(piece.split()) for piece in pieces) == pytest.approx(len(text.split()), abs=len(pieces))
