@@ -5,7 +5,7 @@ This file travels to the Hub beside the weights, so it imports nothing but trans
 
 import difflib
 import importlib
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -71,7 +71,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*):
             Tokens that a `"sliding_attention"` layer sees, itself included.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer. By default all slide if `sliding_window` is set.
+            `"full_attention"` or `"sliding_attention"` for each layer. By default all slide if there is a window.
         final_logit_softcapping (`float`, *optional*):
             Cap logits smoothly: `cap * tanh(logits / cap)` (https://arxiv.org/abs/2408.00118).
         initializer_range (`float`, *optional*, defaults to `0.02`):
@@ -86,8 +86,8 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     model_type = "scratch_gpt"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # A class attribute so that a loader may look it up on the class; every instance has its own filled copy.
-    auto_map: ClassVar[dict[str, str]] = {}
+    # No annotation, so no field: a loader looks it up on the class, and every instance has its own filled copy.
+    auto_map = dict[str, str]()
 
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -163,6 +163,9 @@ class ScratchGPTConfig(PreTrainedConfig):
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+        assert self.num_key_value_heads is not None  # these three are filled in by __post_init__
+        assert self.head_dim is not None
+        assert self.layer_types is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide `num_attention_heads` "

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -55,7 +56,7 @@ class ScratchGPTRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def make_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
+def make_norm(config: PreTrainedConfig, size: int) -> nn.Module:
     """The norm that the config asks for, over `size` channels."""
     if config.norm_type == "layer_norm":
         return nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -72,7 +73,7 @@ def make_residual_projection(input_size: int, output_size: int, bias: bool) -> n
 class ScratchGPTRotaryEmbedding(nn.Module):
     """Cosines and sines of every position (https://arxiv.org/abs/2104.09864), halves rotated as in Llama."""
 
-    def __init__(self, config: ScratchGPTConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -87,7 +88,7 @@ class ScratchGPTRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: ScratchGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies, (head_dim / 2,), and the factor on cosines and sines, here 1."""
         base = config.rope_parameters["rope_theta"]
         inv_freq = 1.0 / (base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim))
@@ -110,7 +111,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(query, key, cos, sin):
-    """Rotate query and key, (batch, heads, tokens, head_dim), by their positions' angles, (batch, tokens, head_dim)."""
+    """Rotate query and key (batch, heads, tokens, head_dim) by their positions' angles (batch, tokens, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
@@ -145,7 +146,7 @@ def eager_attention_forward(
 class ScratchGPTAttention(nn.Module):
     """Causal multi-head attention with grouped keys and values, optional QK-norm and rotary positions."""
 
-    def __init__(self, config: ScratchGPTConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -205,12 +206,12 @@ class ScratchGPTAttention(nn.Module):
 class ScratchGPTMLP(nn.Module):
     """`down(act(gate(x)) * up(x))` (SwiGLU, https://arxiv.org/abs/2002.05202) or `down(act(up(x)))`."""
 
-    def __init__(self, config: ScratchGPTConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias) if config.mlp_type == "swiglu" else None
-        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = make_residual_projection(*reversed(sizes), bias=config.mlp_bias)
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(outer, inner, bias=bias) if config.mlp_type == "swiglu" else None
+        self.up_proj = nn.Linear(outer, inner, bias=bias)
+        self.down_proj = make_residual_projection(inner, outer, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -222,8 +223,9 @@ class ScratchGPTMLP(nn.Module):
 class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each added to the residual stream; norms before them, or after the sums as in GPT-1."""
 
-    def __init__(self, config: ScratchGPTConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
         self.norm_first = config.norm_position == "pre"
         self.self_attn = ScratchGPTAttention(config, layer_idx)
         self.mlp = ScratchGPTMLP(config)
@@ -321,15 +323,13 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if self.embed_positions is not None:
             self._check_length(inputs_embeds, past_key_values)
             hidden_states = hidden_states + self.embed_positions(position_ids)
-        else:
+        if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
-        # Early-exit drafting lowers `num_hidden_layers` for a while.
-        layers = self.layers[: self.config.num_hidden_layers]
-        for layer, layer_type in zip(layers, self.config.layer_types, strict=False):
+        for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit drafting lowers it for a while
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer_type],
+                attention_mask=masks[layer.layer_type],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -358,7 +358,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for layer_type in dict.fromkeys(self.config.layer_types)
+            for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers)
         }
 
     @staticmethod
@@ -440,7 +440,7 @@ class ScratchGPTForSequenceClassification(GenericForSequenceClassification, Scra
     """A score for each label, (batch, num_labels), read at each sequence's last token that is not padding."""
 
     def __init__(self, config: ScratchGPTConfig):
-        ScratchGPTPreTrainedModel.__init__(self, config)
+        super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = ScratchGPTModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -451,7 +451,7 @@ class ScratchGPTForTokenClassification(GenericForTokenClassification, ScratchGPT
     """A score for each label at each token, (batch, tokens, num_labels)."""
 
     def __init__(self, config: ScratchGPTConfig):
-        ScratchGPTPreTrainedModel.__init__(self, config)
+        super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = ScratchGPTModel(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or config.hidden_dropout)

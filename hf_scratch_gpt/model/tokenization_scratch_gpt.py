@@ -7,12 +7,13 @@ without trusted code. The functions here work with any fast tokenizer.
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
@@ -67,6 +68,22 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
+# How transformers' `parse_response` reads what the model wrote back into a message with `tool_calls`.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)", "content": "text"},
+    },
+}
+
 
 class EncodedConversation(TypedDict):
     """Token ids, and 1 for each token that the assistant wrote, its end token included."""
@@ -77,7 +94,7 @@ class EncodedConversation(TypedDict):
 
 # No `__init__`: with one, transformers rebuilds the pre-tokenizer on loading and drops the trained one.
 class ScratchGPTTokenizer(PreTrainedTokenizerFast):
-    """Byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2): any text round-trips exactly, there is no unknown."""
+    """Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes as in GPT-2): any text round-trips exactly."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "ScratchGPTTokenizer":
@@ -117,12 +134,13 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             pad_token=PAD,
             extra_special_tokens=[END_OF_TEXT, IM_START],
             chat_template=CHAT_TEMPLATE,
+            response_template=RESPONSE_TEMPLATE,
             clean_up_tokenization_spaces=False,
         )
 
     def _save_pretrained(self, save_directory, file_names, *args, **kwargs):
         """Name the plain class in the configuration just written: every environment has it."""
-        config_file = Path(file_names[0])
+        config_file = Path(file_names[0])  # the template file follows
         settings = json.loads(config_file.read_text(encoding="utf-8"))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -190,7 +208,7 @@ class _PlainEncoder:
         cuts = [0, *(match.start() + 1 for match in self.pattern.finditer(text)), len(text)]
         all_ids: list[int] = []
         all_offsets: list[tuple[int, int]] = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             encoding = self.backend.encode(text[start:end], add_special_tokens=False)
             ids = self._checked(encoding.ids)
             if ids is None:
