@@ -63,7 +63,7 @@ def test_impossible_fields_are_refused_by_name(fields, message):
 
 
 def test_unknown_preset_and_field_name_the_nearest():
-    with pytest.raises(ValueError, match="no preset 'modern-6m', did you mean 'modern-5m'"):
-        ScratchGPTConfig.from_preset("modern-6m")
+    with pytest.raises(ValueError, match="no preset 'modern5m', did you mean 'modern-5m'"):
+        ScratchGPTConfig.from_preset("modern5m")
     with pytest.raises(ValueError, match="`hiden_size` is no field of ScratchGPTConfig, did you mean 'hidden_size'"):
         ScratchGPTConfig.from_preset("modern-5m", hiden_size=64)
