@@ -19,6 +19,10 @@ class StopRequest:
         self.requested: str | None = None
         self._previous: dict[int, object] = {}
 
+    def is_requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.requested is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
