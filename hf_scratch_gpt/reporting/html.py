@@ -18,11 +18,11 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "pretrain": (("loss", "Loss (nats a token)"), ("tokens_per_second", "Speed (tokens a second)")),
     "sft": (("loss", "Loss (nats a token)"), ("mean_token_accuracy", "Answer tokens predicted")),
-    "reward": (("loss", "Loss"), ("accuracy", "Pairs ranked right (training)")),
+    "reward": (("loss", "Loss"), ("accuracy", "Pairs ranked right (training)"), ("margin", "Margin")),
     "dpo": (("loss", "Loss"), ("rewards/accuracies", "Pairs ranked right (training)"), ("rewards/margins", "Margin")),
     "ppo": (
         ("reward", "Reward (learnt, normalised)"),
-        ("kl", "KL from the tuned model (nats an answer)"),
+        ("kl", "KL from SFT (nats an answer)"),
         ("share_ended", "Share of answers ended"),
     ),
 }
@@ -124,8 +124,8 @@ def headline(report: dict[str, Any]) -> list[dict[str, Any]]:
         )
     reward = stages.get("reward", {})
     if "heldout_accuracy" in reward:
-        note = f"reward model, {reward['heldout_pairs']} unseen pairs"
-        add("Preferences ranked right", "50%", percent(reward["heldout_accuracy"]), note)
+        note = f"by the reward model, {reward['heldout_pairs']} unseen pairs; guessing gives 50%"
+        add("Preferences ranked right", "", percent(reward["heldout_accuracy"]), note)
     for stage in ("dpo", "ppo"):
         told = stages.get(stage, {})
         if "gold_reward" in told:
@@ -143,7 +143,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def tokenizer_part(runs: dict[str, StageFolder], report: dict[str, Any]) -> dict[str, Any] | None:
     """Statistics of the tokenizer, and how the model compares with gzip and xz on held-out text."""
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"facts": [], "histogram": "", "longest": []}
     if "tokenizer" in runs:
         metrics = runs["tokenizer"].metrics
         sizes = metrics.get("token_bytes_histogram") or {}
@@ -207,6 +207,12 @@ def model_part(runs: dict[str, StageFolder]) -> list[dict[str, Any]]:
     return [{"name": name, **told} for name, told in runs["evaluate"].metrics.get("models", {}).items()]
 
 
+def visible(text: str) -> str:
+    """A token with its white space shown: `␣`, `⏎`, `⇥`; long runs are cut."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return shown if len(shown) <= 34 else f"{shown[:30]}… ({len(shown)})"
+
+
 def _optional_json(runs: dict[str, StageFolder], name: str) -> Any:
     path = runs["evaluate"].folder / name if "evaluate" in runs else None
     return read_json(path) if path is not None and path.is_file() else None
@@ -227,6 +233,7 @@ def _make_environment() -> Any:
         "percent": percent,
         "duration": duration,
         "count": count,
+        "visible": visible,
     }
     environment.filters.update(filters)
     return environment

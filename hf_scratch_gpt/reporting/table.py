@@ -26,7 +26,7 @@ def _cells(row: StageRow) -> tuple[str, ...]:
         figure(row.before),
         figure(row.after),
         interval,
-        row.verdict,
+        f"{row.verdict} ({row.evidence})" if row.evidence else row.verdict,
     )
 
 

@@ -22,6 +22,7 @@ class StageRow:
         scale (`tuple[float, float]`): Range in which to draw the measure; `None` if it is not drawn.
         chance (`float`): What guessing gives.
         verdict (`str`): In words.
+        evidence (`str`): The interval that the verdict rests on, in words.
         state (`str`): `"good"`, `"neutral"` or `"bad"`.
         detail (`str`): Further figures, in words.
     """
@@ -36,6 +37,7 @@ class StageRow:
     scale: tuple[float, float] | None = None
     chance: float | None = None
     verdict: str = ""
+    evidence: str = ""
     state: str = NEUTRAL
     detail: str = ""
 
@@ -121,22 +123,22 @@ def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, A
     }
 
 
-def _change(gain: list[float] | None, mean: float | None, unit: str) -> tuple[str, str]:
-    """Verdict and state of a gain with its interval: significant only if the interval leaves zero out."""
+def _change(gain: list[float] | None, mean: float | None) -> dict[str, str]:
+    """What to say of a gain (of a share or a reward in 0..1): it is one only if its interval leaves zero out."""
     if gain is None or mean is None:
-        return "", NEUTRAL
-    told = f"{100 * mean:+.1f} {unit} [{100 * gain[0]:+.1f}, {100 * gain[1]:+.1f}]"
+        return {}
+    evidence = f"95%: {100 * gain[0]:+.1f} to {100 * gain[1]:+.1f}"
+    points = f"{100 * abs(mean):.1f} points"
     if gain[0] > 0:
-        return f"better: {told}", GOOD
+        return {"verdict": f"better by {points}", "state": GOOD, "evidence": evidence}
     if gain[1] < 0:
-        return f"worse: {told}", BAD
-    return f"no clear change: {told}", NEUTRAL
+        return {"verdict": f"worse by {points}", "state": BAD, "evidence": evidence}
+    return {"verdict": "no clear change", "state": NEUTRAL, "evidence": evidence}
 
 
 def _sft(stage: dict[str, Any]) -> dict[str, Any]:
     if "heldout_exact_match" not in stage:
         return {"measure": "exact match, held-out", "verdict": "not evaluated"}
-    verdict, state = _change(stage.get("exact_match_gain_interval"), stage.get("exact_match_gain"), "points")
     told = [f"{stage['questions']} unseen questions"]
     if "base_few_shot_exact_match" in stage:
         told.append(f"base model shown examples {percent(stage['base_few_shot_exact_match'])}")
@@ -148,8 +150,7 @@ def _sft(stage: dict[str, Any]) -> dict[str, Any]:
         "interval": stage["heldout_exact_match_interval"],
         "scale": (0.0, 1.0),
         "chance": stage.get("chance_level"),
-        "verdict": verdict,
-        "state": state,
+        **_change(stage.get("exact_match_gain_interval"), stage.get("exact_match_gain")),
         "detail": ", ".join(told),
     }
 
@@ -161,21 +162,19 @@ def _reward(stage: dict[str, Any]) -> dict[str, Any]:
     state = GOOD if low > 0.5 else BAD if high < 0.5 else NEUTRAL
     return {
         "measure": "pairs ranked right, held-out",
-        "before": 0.5,
         "after": stage["heldout_accuracy"],
         "interval": stage.get("heldout_accuracy_interval"),
         "scale": (0.0, 1.0),
         "chance": 0.5,
         "verdict": {GOOD: "above chance", NEUTRAL: "not above chance", BAD: "below chance"}[state],
         "state": state,
-        "detail": f"{stage['heldout_pairs']} held-out pairs",
+        "detail": f"{stage['heldout_pairs']} held-out pairs, guessing gives 50%",
     }
 
 
 def _aligned(stage: dict[str, Any]) -> dict[str, Any]:
     if "gold_reward" not in stage:
         return {"measure": "gold reward, held-out", "verdict": "not evaluated"}
-    verdict, state = _change(stage.get("gold_gain_interval"), stage.get("gold_gain"), "points")
     told = [f"wins {percent(stage['win_rate_vs_sft'])} against sft"] if "win_rate_vs_sft" in stage else []
     told += [f"KL {stage['kl']:.2f} nats"] if "kl" in stage else []
     told += [f"{percent(stage['share_ended'])} ended"] if "share_ended" in stage else []
@@ -186,8 +185,7 @@ def _aligned(stage: dict[str, Any]) -> dict[str, Any]:
         "after": stage["gold_reward"],
         "interval": stage["gold_reward_interval"],
         "scale": (0.0, 1.0),
-        "verdict": verdict,
-        "state": state,
+        **_change(stage.get("gold_gain_interval"), stage.get("gold_gain")),
         "detail": ", ".join(told),
     }
 
