@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -140,7 +141,7 @@ def _write_documents(
         for split in SPLITS
     }
     heldout = _HeldoutFile(folder / HELDOUT)
-    pending: list[tuple[str, int]] = []  # split and size of the documents that the encoder holds
+    pending: deque[tuple[str, int]] = deque()  # split and size of the documents that the encoder holds
 
     def texts() -> Iterator[str]:
         for split, document in corpus:
@@ -150,8 +151,7 @@ def _write_documents(
             yield document.text
 
     for number, ids in enumerate(encode_documents(tokenizer, texts())):
-        split, size = pending[0]
-        del pending[0]
+        split, size = pending.popleft()
         writers[split].add(ids, size)
         bar.update(1)
         if number % 100 == 0:
@@ -179,7 +179,7 @@ def run(arguments: PrepareArguments) -> Path:
     from hf_scratch_gpt.runs.training import progress_bar
 
     with StageRun(arguments, "prepare") as run:
-        if run.finished:
+        if run.finished or not run.is_main:  # one process is enough: the others of a launch have nothing to do
             return run.folder
         _check_arguments(arguments)
         tokenizer = load_tokenizer(arguments.tokenizer_dir)

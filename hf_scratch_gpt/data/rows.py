@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_scratch_gpt.runs.arguments import nearest
+from hf_scratch_gpt.runs.values import nearest
 
 Row = dict[str, Any]
 _FIELD_LIMIT = 2**31 - 1  # the csv module refuses fields above 128 kB unless told otherwise

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_scratch_gpt.data.documents import Document
 from hf_scratch_gpt.data.rows import ROW_SUFFIXES, missing_column, open_text, read_rows
-from hf_scratch_gpt.runs.arguments import nearest
+from hf_scratch_gpt.runs.values import nearest
 
 logger = logging.getLogger(__name__)
 

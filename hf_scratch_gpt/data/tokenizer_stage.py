@@ -96,7 +96,7 @@ def run(arguments: TokenizerArguments) -> Path:
     from hf_scratch_gpt.runs.training import progress_bar
 
     with StageRun(arguments, "tokenizer") as run:
-        if run.finished:
+        if run.finished or not run.is_main:  # one process is enough: the others of a launch have nothing to do
             return run.folder
         corpus = Corpus(arguments)
         texts = _TrainingTexts(corpus, arguments.max_bytes)
