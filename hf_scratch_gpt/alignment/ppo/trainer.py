@@ -155,7 +155,9 @@ class PPOTrainer(Trainer):
         if step == 0 and accumulated == 0:
             self._roll_out(rollout_index)
         if self.rollout is None:
-            raise ValueError(f"the checkpoint of step {self.state.global_step} has no {ROLLOUT_FILE}; use another one")
+            raise ValueError(
+                f"the checkpoint of step {self.state.global_step} has no {ROLLOUT_FILE.format(args.process_index)}"
+            )
         rows = self.schedule.minibatch_rows(rollout_index, step).to(self.accelerator.device)
         tokens = self._sum_over_processes(self.rollout.mask[rows].sum())
         size = args.per_device_train_batch_size
@@ -344,6 +346,8 @@ class PPOTrainer(Trainer):
         if "loss" in logs:
             previous = max((row["step"] for row in self.state.log_history if "loss" in row), default=0)
             logs = {**logs, **self.records.take(previous)}
+            # The Trainer's own sum of losses does not survive in a checkpoint.
+            logs["loss"] = logs["policy_loss"] + self.args.vf_coef * logs["value_loss"]
         super().log(logs, start_time)
 
     # ---- Checkpoints: the policy or its adapter at the root, the critic in value_model/, and the rollout in use

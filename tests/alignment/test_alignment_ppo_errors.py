@@ -1,0 +1,158 @@
+"""What a user can get wrong ends in one line that names it."""
+
+import math
+
+import pytest
+import torch
+from ppo_tiny import PROMPTS, VOCABULARY, likes_low, make_llama, make_reward_model, make_tokenizer, make_trainer
+from transformers import LlamaForSequenceClassification
+
+from hf_scratch_gpt.alignment.ppo import PPOConfig
+
+
+def raising(prompts, completions, **columns):
+    raise KeyError("missing")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising, "reward function 'raising' raised KeyError"),
+        (lambda prompts, completions, **columns: [1.0], "returned 1 scores for 16 completions"),
+        (lambda prompts, completions, **columns: [math.nan] * 16, "returned nan for completion 0"),
+        (lambda prompts, completions, **columns: None, "returned no list of numbers"),
+        (lambda prompts, completions, **columns: ["good"] * 16, "returned no list of numbers"),
+    ],
+)
+def test_a_broken_reward_function_is_named(tmp_path, reward, message):
+    trainer = make_trainer(tmp_path, reward=reward)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train_dataset: has no rows"),
+        ([{"text": "w1"}], r"row 0: no column 'prompt' \(columns: text\)"),
+        ([{"prompt": "w1"}, {"prompt": ""}], "row 1: 'prompt' is empty"),
+        ([{"prompt": 3}], "row 0: 'prompt' is int, expected text or a list of messages"),
+        ([{"prompt": [{"role": "user"}]}], "row 0: 'prompt' is list, expected text or a list of messages"),
+        ([{"prompt": "w1"}, {"prompt": "w1 " * 27}], r"row 1: the prompt has 27 tokens.*leaves 26.*1 of 2 rows"),
+    ],
+)
+def test_unusable_prompts_are_named_by_row(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rows=rows)
+
+
+def test_a_few_long_prompts_are_dropped_with_a_warning(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, rows=[*PROMPTS * 5, {"prompt": "w1 " * 40}])
+    assert len(trainer.prompts) == 120
+    assert "1 of 121 prompts are too long" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic": "both"}, "'critic' is 'both', expected one of separate, shared"),
+        ({"rollout_batch_size": 18}, "'rollout_batch_size' is 18, not a multiple of the minibatch of 4"),
+        ({"temperature": 0.0}, "'temperature' is 0.0, expected more than 0"),
+        ({"lam": 1.5}, "'lam' is 1.5, expected 0 to 1"),
+        ({"total_episodes": 64}, "'total_episodes' and 'max_steps' both"),
+        ({"max_new_tokens": 32}, "'max_new_tokens' is 32, which leaves no room for a prompt in 32 tokens"),
+        ({"max_length": 64}, "'max_length' is 64, but the model's context is 32"),
+        ({"end_token_ids": [99]}, "end token 99 is not in the model's vocabulary of 64"),
+        ({"reward_weights": [1.0, 2.0]}, "'reward_weights' has 2 numbers for 1 rewards"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_tokenizer_without_end_token_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no end token"):
+        make_trainer(tmp_path, tokenizer=tokenizer)
+
+
+def test_reward_models_that_do_not_fit_are_refused(tmp_path):
+    two_labels = LlamaForSequenceClassification(type(make_llama().config)(**{**tiny_settings(), "num_labels": 2}))
+    with pytest.raises(ValueError, match="has 2 labels, expected 1"):
+        make_trainer(tmp_path, reward=two_labels)
+    with pytest.raises(ValueError, match="its vocabulary has 40 tokens, the policy's tokenizer 56"):
+        make_trainer(tmp_path, reward=make_reward_model(vocab_size=40))
+    with pytest.raises(ValueError, match=r"reward_std 0\.0; expected a std > 0"):
+        make_trainer(tmp_path, reward=make_reward_model(reward_std=0.0))
+    with pytest.raises(ValueError, match="its context is 8"):
+        make_trainer(tmp_path, reward=make_reward_model(max_position_embeddings=8)).train()
+    with pytest.raises(ValueError, match="a reward is int, expected a function"):
+        make_trainer(tmp_path, reward=3)
+    with pytest.raises(ValueError, match="no reward"):
+        make_trainer(tmp_path, reward=[])
+
+
+def tiny_settings():
+    return {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused_and_with_the_same_is_taken(tmp_path):
+    folder = tmp_path / "reward"
+    make_reward_model().save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    trainer = make_trainer(tmp_path / "same", reward=str(folder))
+    assert trainer.rewards[0].name == str(folder)
+    swapped = dict(VOCABULARY, w1=VOCABULARY["w2"], w2=VOCABULARY["w1"])
+    state = tokenizer.backend_tokenizer.to_str().replace('"w1":4', '"w1":5#').replace('"w2":5', '"w2":4')
+    tokenizer = type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(state.replace("5#", "5")),
+        pad_token="<pad>",
+        eos_token="<end>",
+    )
+    assert tokenizer.get_vocab() == swapped
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=r"its tokenizer is not the policy's \(2 tokens differ, for example 'w1' is 5"
+    ):
+        make_trainer(tmp_path / "other", reward=str(folder))
+
+
+def test_a_failing_reward_leaves_the_last_checkpoint_whole(tmp_path):
+    calls = []
+
+    def fails_later(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("the judge is away")
+        return likes_low(prompts, completions)
+
+    options = {"save_strategy": "steps", "save_steps": 8, "max_steps": 16}
+    with pytest.raises(ValueError, match="'fails_later' raised RuntimeError: the judge is away"):
+        make_trainer(tmp_path, reward=fails_later, **options).train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert resumed.state.global_step == 16
+
+
+def test_defaults_are_the_known_good_ones(tmp_path):
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert (config.gamma, config.lam, config.cliprange, config.cliprange_value, config.vf_coef) == (
+        1,
+        0.95,
+        0.2,
+        0.2,
+        0.1,
+    )
+    assert (config.num_ppo_epochs, config.adam_epsilon, config.reward_clip) == (4, 1e-5, 10)
+    assert config.missing_end_score == -1
+    assert not config.bf16
+    assert torch.tensor(config.steps_per_rollout) == 16
