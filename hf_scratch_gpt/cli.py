@@ -48,6 +48,14 @@ def _run_stage(name: str, arguments: Sequence[str]) -> int:
 
 
 def _dispatch(name: str, arguments: Sequence[str]) -> int:
+    if name in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if name in ("--version", "-V"):
+        from hf_scratch_gpt import __version__
+
+        print(__version__)
+        return 0
     if name in STAGES:
         return _run_stage(name, arguments)
     if name in COMMANDS:
@@ -66,17 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    if arguments[0] in ("--version", "-V"):
-        from hf_scratch_gpt import __version__
-
-        print(__version__)
-        return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return _dispatch(arguments[0], arguments[1:])
+        status = _dispatch(arguments[0] if arguments else "--help", arguments[1:])
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # `| head` has read enough; what is buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -26,7 +26,7 @@ from typing import Any
 
 from hf_scratch_gpt.runs.arguments import VOLATILE_FIELDS, given_settings
 from hf_scratch_gpt.runs.files import read_json, remove_folder, remove_temporaries, write_json, write_text
-from hf_scratch_gpt.runs.hardware import describe_environment, peak_rss_bytes
+from hf_scratch_gpt.runs.hardware import describe_environment, peak_rss_bytes, rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ class StageRun:
         self.checkpoints = self.folder / "checkpoints"
         self.finished = self.resumed = False
         self._home = Path(os.path.abspath(self.folder))  # has a name, and a parent for the lock, even for "."
-        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        rank, self._world_size = rank_and_world_size()
+        self.is_main = rank == 0
         self._state: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
         self._clock = time.monotonic()
@@ -161,7 +162,7 @@ class StageRun:
                 self._open()
             except BaseException as caught:
                 error = caught
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self._world_size > 1:
             error = self._share_state(error)
         if error is not None:
             self.__exit__(None, None, None)  # Python calls it only after an __enter__ that returned
@@ -173,10 +174,9 @@ class StageRun:
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
-        world_size = int(os.environ["WORLD_SIZE"])
-        if PartialState().num_processes != world_size:
+        if PartialState().num_processes != self._world_size:
             return error or ValueError(
-                f"launched as {world_size} processes, but they do not know of each other; on a CPU set"
+                f"launched as {self._world_size} processes, but they do not know of each other; on a CPU set"
                 " ACCELERATE_USE_CPU=true and launch with --multi_gpu"
             )
         told = None if error is None else str(error) or type(error).__name__

@@ -55,6 +55,14 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes: from torch.distributed if it is up, else from the launcher."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
