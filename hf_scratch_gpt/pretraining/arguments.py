@@ -44,8 +44,8 @@ class PretrainArguments(StageArguments):
     max_minutes: float = _field(
         0.0,
         "Train for so long. Bounds the whole stage: loading, compiling and the final evaluation are taken off, so "
-        "that the stage ends about then; the schedule follows the time. After an interruption, time counts on from "
-        "the last checkpoint.",
+        "that the stage ends about then; the schedule follows the time. After an interruption, training time counts "
+        "on from the last checkpoint.",
     )
     optimizer: Literal["muon", "adamw"] = _field("muon", "muon (hidden matrices; AdamW for the rest) or adamw.")
     learning_rate: float = _field(3e-3, "AdamW's learning rate.")

@@ -153,7 +153,7 @@ class PretrainingLoop:
             is_last = part == parts - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
                 loss = self.module(**{name: tensors[part] for name, tensors in chunks.items()}) * scale
-                self.accelerator.backward(loss)
+                loss.backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
             total += loss.detach()
         return total
 

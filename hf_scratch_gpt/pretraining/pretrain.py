@@ -87,6 +87,9 @@ class _Pretraining:
         if not state.done:
             state.compiled = self._compile()
         module = self.accelerator.prepare(self.loss_module)
+        if state.step:
+            # Setting up again cannot be had back: a second try counts only training, or the rate would not decay.
+            self.started = time.monotonic()
         loop = PretrainingLoop(
             arguments,
             self.accelerator,
@@ -135,7 +138,7 @@ class _Pretraining:
         self._earlier_seconds = self.state.elapsed
 
     def _clock(self) -> float:
-        """Seconds of the stage: of this try, and of earlier ones up to the checkpoint."""
+        """Seconds of the stage: of this try, and of earlier ones up to the checkpoint that it starts from."""
         return self._earlier_seconds + time.monotonic() - self.started
 
     def _read_batch(self, step: int) -> dict[str, Any]:
@@ -186,7 +189,7 @@ class _Pretraining:
         # The random model's evaluation took as long as the trained one's will.
         reserved = _SAVING_SECONDS + 1.1 * (self.state.untrained or {}).get("seconds", 0.0)
         seconds = self.arguments.max_minutes * 60
-        if not self.state.done and self._clock() + reserved >= seconds:
+        if self.state.step == 0 and self._clock() + reserved >= seconds:
             raise ValueError(
                 f"'max_minutes' {self.arguments.max_minutes}: {self._clock():.0f} s have gone and evaluation and "
                 f"saving need {reserved:.0f} s, which leaves no time to train; raise it, or set 'evaluation_bytes'"

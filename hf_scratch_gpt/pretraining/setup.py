@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _TOKENIZER_FILE = "tokenizer.json"
 _DOCUMENT_END, _TURN_END = "<|endoftext|>", "<|im_end|>"
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
-_COMPILE_PAYS_AFTER_SECONDS = 120.0  # compiling takes up to a minute on a small machine and saves about a quarter
+_COMPILE_PAYS_AFTER_SECONDS = 200.0  # two cores take some 40 s to compile a small model, and then save a fifth
 _ASSUMED_CPU_FLOPS = 1e11  # two recent cores in fp32; only to guess how long `max_steps` will take
 
 
@@ -55,6 +55,9 @@ def make_accelerator(arguments: PretrainArguments) -> Any:
             "would train alone; on CPUs start with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(f"pretraining runs on one process or data-parallel on several; the launcher asks for {kind}")
     shares = accelerator.num_processes * arguments.gradient_accumulation_steps
     if arguments.batch_size % shares:
         raise ValueError(
@@ -90,6 +93,8 @@ def load_dataset(folder: str | Path, context_length: int) -> Dataset:
     """
     from transformers import AutoTokenizer
 
+    from hf_scratch_gpt.data.shards import tokenizer_fingerprint
+
     folder = Path(folder)
     for name in ("manifest.json", _TOKENIZER_FILE, "heldout.jsonl"):
         if not (folder / name).is_file():
@@ -109,6 +114,8 @@ def load_dataset(folder: str | Path, context_length: int) -> Dataset:
             f"{folder}: the shards were made with {manifest['vocab_size']} tokens, its tokenizer has "
             f"{len(tokenizer)}; run prepare again"
         )
+    if manifest.get("tokenizer_fingerprint", tokenizer_fingerprint(tokenizer)) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"{folder}: its tokenizer is not the one that the shards were made with; run prepare again")
     return Dataset(folder, manifest, tokenizer, _read_documents(folder / "heldout.jsonl"))
 
 
@@ -242,7 +249,7 @@ def wants_compile(arguments: PretrainArguments, parameters: int, device: str) ->
         return False
     names = [os.environ.get("CXX"), "g++", "clang++", "cl"]
     if not any(name and shutil.which(name) for name in names):
-        logger.warning("no C++ compiler was found, so training is not compiled and about a quarter slower")
+        logger.warning("no C++ compiler was found, so training is not compiled and about a fifth slower")
         return False
     return True
 

@@ -20,7 +20,13 @@ def _documents(count: int, seed: int) -> list[str]:
 @pytest.fixture(scope="session")
 def prepared_folder(tmp_path_factory) -> Path:
     """What `scratch-gpt prepare` writes, for a corpus of a few words."""
-    from hf_scratch_gpt.data.shards import ShardWriter, encode_documents, separator_id, token_dtype
+    from hf_scratch_gpt.data.shards import (
+        ShardWriter,
+        encode_documents,
+        separator_id,
+        token_dtype,
+        tokenizer_fingerprint,
+    )
     from hf_scratch_gpt.model import ScratchGPTTokenizer
 
     folder = tmp_path_factory.mktemp("data") / "prepared"
@@ -37,6 +43,7 @@ def prepared_folder(tmp_path_factory) -> Path:
     lines = [json.dumps({"id": str(number), "source": "words", "text": text}) for number, text in enumerate(heldout)]
     (folder / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     manifest = {
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": len(tokenizer),
         "separator_id": separator_id(tokenizer),
         "dtype": dtype.name,

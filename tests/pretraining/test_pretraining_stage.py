@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+import time
 
 import pytest
 import torch
@@ -107,6 +109,24 @@ def test_initial_loss_is_that_of_a_uniform_guess(prepared_folder, make_arguments
     assert summed.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item() * 30, rel=1e-5)
 
 
+def test_the_gpt2_preset_trains_too(make_arguments):
+    overrides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    folder = run(make_arguments(preset="gpt2-124m", model_overrides=overrides, separate_documents=False))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["position_embedding_type"]) == (32, "learned")
+    assert config["eos_token_id"] != 50256
+
+
+def test_a_foreign_tokenizer_is_refused(make_arguments, prepared_folder, tmp_path):
+    copy = shutil.copytree(prepared_folder, tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="its tokenizer is not the one that the shards were made with"):
+        run(make_arguments(dataset_dir=str(copy)))
+
+
 def test_one_batch_equals_its_accumulated_parts(make_arguments, tmp_path):
     whole = run(make_arguments(max_steps=3, output_dir=str(tmp_path / "whole"), optimizer="adamw"))
     parts = run(
@@ -123,8 +143,20 @@ def test_a_time_budget_bounds_the_stage(make_arguments):
     metrics = read_metrics(run(make_arguments(max_steps=0, max_minutes=0.15)))
     assert metrics["metrics"]["steps"] > 3
     assert metrics["seconds"] < 0.15 * 60 + 1
-    rows = read_curve(run(make_arguments(max_steps=0, max_minutes=0.15)))
-    assert rows[-1]["lr"] < 0.1 * max(row["lr"] for row in rows)
+
+
+def test_an_interrupted_time_budget_still_ends_decayed(make_arguments, monkeypatch):
+    arguments = {"max_steps": 0, "max_minutes": 0.1, "logging_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_scratch_gpt.pretraining.pretrain.StopRequest", lambda: StopAfter(20))
+        with pytest.raises(Interrupted):
+            run(make_arguments(**arguments))
+    # Setting up again takes longer than what is left of the budget.
+    original = setup.make_model
+    monkeypatch.setattr(setup, "make_model", lambda *args: (time.sleep(4), original(*args))[1])
+    rates = [row["lr"] for row in read_curve(run(make_arguments(**arguments)))]
+    assert len(rates) > 40
+    assert rates[-1] < 0.1 * max(rates)
 
 
 class StopAfter:
