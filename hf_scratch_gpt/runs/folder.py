@@ -172,9 +172,10 @@ class StageRun:
     def _share_state(self, error: BaseException | None) -> BaseException | None:
         """Give every rank what rank 0 found; a rank that waits for a failed rank 0 would wait for ever."""
         from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-        if PartialState().num_processes != self._world_size:
+        # Who makes the state first decides for the process; an Accelerator that comes later reads the same variable.
+        if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes != self._world_size:
             return error or ValueError(
                 f"launched as {self._world_size} processes, but they do not know of each other; on a CPU set"
                 " ACCELERATE_USE_CPU=true and launch with --multi_gpu"
