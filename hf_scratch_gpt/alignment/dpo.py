@@ -6,7 +6,6 @@ The reference is the model that tuning starts from: with LoRA, the same weights 
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,10 @@ from hf_scratch_gpt.finetuning.models import (
     context_length,
     load_model,
     load_tokenizer,
-    save_tuned,
-    trainable_parameters,
 )
 from hf_scratch_gpt.finetuning.tokenise import load_examples, preference_encoder
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
 from hf_scratch_gpt.runs import StageRun
-from hf_scratch_gpt.runs.training import train
 
 
 @dataclasses.dataclass
@@ -77,30 +73,19 @@ def _align(arguments: DPOArguments, stage_run: StageRun) -> None:
     pairs = load_examples(arguments, "preferences", preference_encoder(tokenizer), max_length)
 
     trainer = PairDPOTrainer(
-        model=load_model(AutoModelForCausalLM, source),
+        model=load_model(AutoModelForCausalLM, source, tokenizer),
         args=trainer_arguments(arguments, stage_run, max_length),
         train_dataset=pairs.train,
         eval_dataset=pairs.heldout,
         processing_class=tokenizer,
         peft_config=make_lora_config(arguments, "CAUSAL_LM"),
     )
-    metrics: dict[str, Any] = {"trainable_parameters": trainable_parameters(trainer.model), "beta": arguments.beta}
-    started = time.monotonic()
-    result = train(trainer, stage_run)
-    metrics["train_seconds"] = time.monotonic() - started
-    if not stage_run.is_main:
-        return
     first = pairs.train[: min(4, len(pairs.train))]
     sample = [prompt + answer for prompt, answer in zip(first["prompt_ids"], first["chosen_ids"], strict=True)]
-    model = save_tuned(trainer.accelerator.unwrap_model(trainer.model), tokenizer, stage_run.folder, sample)
-    metrics |= {
-        "pairs": len(pairs.train),
-        "dropped_rows": pairs.dropped,
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.state.num_input_tokens_seen),
-        "parameters": model.num_parameters(),
-        "train_loss": result.training_loss,
-    }
+    model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
+    if not stage_run.is_main:
+        return
+    metrics |= {"pairs": len(pairs.train), "dropped_rows": pairs.dropped, "beta": arguments.beta}
     if pairs.heldout is not None:
         reference = load_model(AutoModelForCausalLM, source).to(model.device)
         options = (arguments.beta, arguments.per_device_eval_batch_size)

@@ -7,7 +7,6 @@ It is read at the last token of the conversation as the chat template renders it
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,12 @@ from hf_scratch_gpt.finetuning.models import (
     context_length,
     load_model,
     load_tokenizer,
-    save_tuned,
-    trainable_parameters,
 )
 from hf_scratch_gpt.finetuning.scoring import score_rewards
 from hf_scratch_gpt.finetuning.tokenise import Examples, load_examples
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
 from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
 from hf_scratch_gpt.runs import StageRun
-from hf_scratch_gpt.runs.training import train
 
 CHANCE = 0.5
 
@@ -96,8 +92,7 @@ def _train_reward(arguments: RewardArguments, stage_run: StageRun) -> None:
     pairs = load_examples(arguments, "preferences", reward_encoder(tokenizer), max_length)
 
     set_seed(arguments.seed)  # the score head is new
-    model = load_model(AutoModelForSequenceClassification, arguments.model_name_or_path, num_labels=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model = load_model(AutoModelForSequenceClassification, arguments.model_name_or_path, tokenizer, num_labels=1)
     trainer = PairRewardTrainer(
         model=model,
         # Long pairs are gone already; TRL's own filter would look at each row again.
@@ -107,21 +102,13 @@ def _train_reward(arguments: RewardArguments, stage_run: StageRun) -> None:
         processing_class=tokenizer,
         peft_config=make_lora_config(arguments, "SEQ_CLS", modules_to_save=["score"]),
     )
-    metrics: dict[str, Any] = {"trainable_parameters": trainable_parameters(trainer.model)}
-    started = time.monotonic()
-    result = train(trainer, stage_run)
-    metrics["train_seconds"] = time.monotonic() - started
+    sample = pairs.train[: min(4, len(pairs.train))]["chosen_ids"]
+    model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
     if not stage_run.is_main:
         return
-    sample = pairs.train[: min(4, len(pairs.train))]["chosen_ids"]
-    model = save_tuned(trainer.accelerator.unwrap_model(trainer.model), tokenizer, stage_run.folder, sample)
     metrics |= {
         "pairs": len(pairs.train),
         "dropped_rows": pairs.dropped,
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.state.num_input_tokens_seen),
-        "parameters": model.num_parameters(),
-        "train_loss": result.training_loss,
         "center_rewards_coefficient": arguments.center_rewards_coefficient,
     }
     metrics |= _measure(model, pairs, tokenizer.pad_token_id, arguments.per_device_eval_batch_size)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -80,8 +81,9 @@ class TuningArguments:
     bf16: bool | None = dataclasses.field(
         default=None, metadata={"help": "bf16 autocast; unset: where bf16 is faster than fp32."}
     )
-    gradient_checkpointing: bool = dataclasses.field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
+    # `None` is off; transformers warns of the name where it is set.
+    gradient_checkpointing: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
     )
     report_to: str = dataclasses.field(
         default="none", metadata={"help": "Where to log besides curve.jsonl: none, tensorboard or trackio."}
@@ -153,6 +155,8 @@ def make_lora_config(arguments: Any, task_type: str, modules_to_save: list[str] 
 def trainer_arguments(arguments: Any, run: StageRun, max_length: int | None) -> Any:
     """A copy of the settings for the trainer, which writes its checkpoints below the run; `run` keeps the original."""
     keep_freed_memory()
+    # transformers calls its own deprecated property when adapters are made.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     copied = copy.copy(arguments)
     copied.output_dir = str(run.checkpoints)
     copied.max_length = max_length

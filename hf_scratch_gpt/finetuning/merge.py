@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from hf_scratch_gpt.finetuning.models import check_model_source, generation_config_for, load_model, merge_adapter
+from hf_scratch_gpt.finetuning.models import (
+    check_model_source,
+    load_model,
+    merge_adapter,
+    save_model,
+)
 from hf_scratch_gpt.runs import read_json, replace_folder
 
 _SAMPLE_ROWS, _SAMPLE_LENGTH = 4, 16
@@ -59,11 +64,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None) -> P
     merged = merge_adapter(model, _probe(model.config.get_text_config().vocab_size))
     tokenizer = AutoTokenizer.from_pretrained(base)
     with replace_folder(output) as folder:
-        if tokenizer.pad_token_id is not None:
-            merged.config.pad_token_id = tokenizer.pad_token_id
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        generation_config_for(tokenizer).save_pretrained(folder)
+        save_model(merged, tokenizer, folder)
     return Path(output)
 
 

@@ -5,7 +5,6 @@ merged at the end, so that the output is a plain model folder (the adapter stays
 """
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from hf_scratch_gpt.finetuning.models import (
     context_length,
     load_model,
     load_tokenizer,
-    save_tuned,
-    trainable_parameters,
 )
 from hf_scratch_gpt.finetuning.scoring import score_answers
 from hf_scratch_gpt.finetuning.tokenise import conversation_encoder, load_examples
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
 from hf_scratch_gpt.runs import StageRun
-from hf_scratch_gpt.runs.training import train
 
 
 @dataclasses.dataclass
@@ -75,29 +71,18 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
     settings = trainer_arguments(arguments, stage_run, max_length)
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = ConversationTrainer(
-        model=load_model(AutoModelForCausalLM, arguments.model_name_or_path),
+        model=load_model(AutoModelForCausalLM, arguments.model_name_or_path, tokenizer),
         args=settings,
         train_dataset=examples.train,
         eval_dataset=examples.heldout,
         processing_class=tokenizer,
         peft_config=make_lora_config(arguments, "CAUSAL_LM"),
     )
-    metrics: dict[str, Any] = {"trainable_parameters": trainable_parameters(trainer.model)}
-    started = time.monotonic()
-    result = train(trainer, stage_run)
-    metrics["train_seconds"] = time.monotonic() - started
+    sample = examples.train[: min(4, len(examples.train))]["input_ids"]
+    model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
     if not stage_run.is_main:
         return
-    sample = examples.train[: min(4, len(examples.train))]["input_ids"]
-    model = save_tuned(trainer.accelerator.unwrap_model(trainer.model), tokenizer, stage_run.folder, sample)
-    metrics |= {
-        "examples": len(examples.train),
-        "dropped_rows": examples.dropped,
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.state.num_input_tokens_seen),
-        "parameters": model.num_parameters(),
-        "train_loss": result.training_loss,
-    }
+    metrics |= {"examples": len(examples.train), "dropped_rows": examples.dropped}
     if examples.heldout is not None:
         batch_size = arguments.per_device_eval_batch_size
         metrics |= measure_heldout(model, examples.heldout, tokenizer.pad_token_id, batch_size)

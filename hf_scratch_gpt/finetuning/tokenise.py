@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
+
 logger = logging.getLogger(__name__)
 
 DROPPED_SHARE = 0.01  # more long rows than this is a mistake in the data or in max_length, not a tail
@@ -24,27 +26,49 @@ class Answer:
     start: int
 
 
-def encode_answer(tokenizer: Any, prompt: list[dict], completion: list[dict]) -> Answer:
-    """Encode one row; control tokens in the text stay text.
+class AnswerEncoder:
+    """Encodes prompts with answers; control tokens in the text stay text.
 
-    Raises:
-        ValueError: if the completion has no assistant message, or the template does not mark the assistant's tokens,
-            or renders the prompt differently with and without an answer.
+    That the template renders a prompt alike with and without an answer is checked once for each sequence of roles:
+    encoding every prompt twice would double the work.
     """
-    from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
 
-    if not any(message["role"] == "assistant" for message in completion):
-        raise ValueError("no assistant message in the completion, so there is nothing to train on")
-    prompt_ids = encode_conversation(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
-    whole = encode_conversation(tokenizer, prompt + completion)
-    start = len(prompt_ids)
-    if whole["input_ids"][:start] != prompt_ids:
-        raise ValueError("the chat template renders the prompt differently when an answer follows; use another one")
-    mask = [0] * start + list(whole["assistant_masks"][start:])
-    if 1 not in mask:
-        raise ValueError("the chat template marks no assistant tokens ({% generation %}), so nothing would be trained")
-    end = len(mask) - mask[::-1].index(1)
-    return Answer(list(whole["input_ids"][:end]), mask[:end], start)
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self._checked_roles: set[tuple[str, ...]] = set()
+
+    def __call__(self, prompt: list[dict], completion: list[dict]) -> Answer:
+        """Encode one row.
+
+        Raises:
+            ValueError: if the completion does not begin with an assistant message, or the template does not mark the
+                assistant's tokens, or renders the prompt differently with and without an answer.
+        """
+        if not completion or completion[0]["role"] != "assistant":
+            raise ValueError(
+                "the completion does not begin with an assistant message, so there is nothing to train on"
+            )
+        whole = encode_conversation(self.tokenizer, prompt + completion)
+        input_ids, mask = list(whole["input_ids"]), list(whole["assistant_masks"])
+        if 1 not in mask:
+            raise ValueError("the chat template marks no assistant tokens ({% generation %}): nothing to train on")
+        start = self._answer_start(prompt, completion, input_ids, mask)
+        end = len(mask) - mask[::-1].index(1)
+        return Answer(input_ids[:end], [0] * start + mask[start:end], start)
+
+    def _answer_start(self, prompt: list[dict], completion: list[dict], input_ids: list[int], mask: list[int]) -> int:
+        roles = tuple(message["role"] for message in prompt + completion)
+        has_earlier_answers = any(message["role"] == "assistant" for message in prompt)
+        if roles in self._checked_roles and not has_earlier_answers:
+            return mask.index(1)
+        prompt_ids = encode_conversation(self.tokenizer, prompt, add_generation_prompt=True)["input_ids"]
+        start = len(prompt_ids)
+        if input_ids[:start] != prompt_ids or not mask[start] or (mask.index(1) != start and not has_earlier_answers):
+            raise ValueError(
+                "the chat template renders the prompt differently when an answer follows; use another one"
+            )
+        self._checked_roles.add(roles)
+        return start
 
 
 @dataclasses.dataclass
@@ -142,8 +166,10 @@ def _judge_long_rows(origin: str, total: int, long_rows: list, max_length: int, 
 def conversation_encoder(tokenizer: Any) -> Callable[[dict], dict]:
     """Row with `prompt` and `completion` -> `input_ids`, `labels` (-100 where nothing is trained), `length`."""
 
+    encode_answer = AnswerEncoder(tokenizer)
+
     def encode(row: dict) -> dict:
-        answer = encode_answer(tokenizer, row["prompt"], row["completion"])
+        answer = encode_answer(row["prompt"], row["completion"])
         labels = [token if trained else -100 for token, trained in zip(answer.input_ids, answer.mask, strict=True)]
         return {"input_ids": answer.input_ids, "labels": labels, "length": len(labels)}
 
@@ -153,9 +179,11 @@ def conversation_encoder(tokenizer: Any) -> Callable[[dict], dict]:
 def preference_encoder(tokenizer: Any) -> Callable[[dict], dict]:
     """Row with `prompt`, `chosen`, `rejected` -> `prompt_ids`, `chosen_ids`, `rejected_ids` (answers), `length`."""
 
+    encode_answer = AnswerEncoder(tokenizer)
+
     def encode(row: dict) -> dict:
-        chosen = encode_answer(tokenizer, row["prompt"], row["chosen"])
-        rejected = encode_answer(tokenizer, row["prompt"], row["rejected"])
+        chosen = encode_answer(row["prompt"], row["chosen"])
+        rejected = encode_answer(row["prompt"], row["rejected"])
         if chosen.input_ids == rejected.input_ids:
             raise ValueError("'chosen' and 'rejected' are the same")
         return {

@@ -1,10 +1,14 @@
-"""What our trainers on top of TRL's share: batches of like length, in an order that resuming reproduces."""
+"""What our trainers on top of TRL's share: batches of like length, in an order that resuming reproduces; the end."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from hf_scratch_gpt.finetuning.models import save_tuned
+from hf_scratch_gpt.runs import StageRun
+from hf_scratch_gpt.runs.training import train
 
 
 class LengthSampler(Sampler[int]):
@@ -60,3 +64,31 @@ class LengthGrouping:
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler(self.example_lengths, batch_size, self.args.seed)
+
+
+def train_and_save(
+    trainer: Any, stage_run: StageRun, tokenizer: Any, sample: list[list[int]]
+) -> tuple[Any, dict[str, Any]]:
+    """Train from where an earlier try stopped, write the merged model, and say what was done.
+
+    Returns:
+        The plain model, and its first metrics. Processes other than the main one get the unmerged model.
+
+    Raises:
+        Interrupted: if a signal stopped it.
+        ValueError: if merging changes the logits of `sample`.
+    """
+    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    train(trainer, stage_run)
+    # Accelerate's wrapper of `forward` would put everything that follows into autocast.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if stage_run.is_main:
+        model = save_tuned(model, tokenizer, stage_run.folder, sample)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return model, {
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "last_train_loss": losses[-1] if losses else None,
+        "trainable_parameters": trainable,
+        "parameters": model.num_parameters(),
+    }

@@ -106,7 +106,13 @@ def test_a_run_that_broke_in_its_second_epoch_resumes_to_the_very_same_weights(m
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("settings", [{"precompute_ref_log_probs": True}, {"peft": "none", "learning_rate": 1e-4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 6},
+        {"peft": "none", "learning_rate": 1e-4},
+    ],
+)
 def test_references_kept_in_other_ways_train_the_same_policy(settings, model, data, aligned, tmp_path):
     folder = align(tmp_path / "other", model, data, **settings)
     metrics, expected = (read_metrics(path)["metrics"] for path in (folder, aligned))

@@ -1,5 +1,7 @@
 """The reward stage gives a plain model with a trained head, honest held-out numbers, and the scale that PPO needs."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +80,9 @@ def test_rewards_stay_near_zero(trained):
 
 
 def test_a_run_that_broke_in_its_second_epoch_resumes_to_the_very_same_weights(model, data, tmp_path, monkeypatch):
-    whole = train(tmp_path / "whole", model, data)
+    whole = train(tmp_path / "whole", model, data, eval_strategy="steps", eval_steps=5)
+    curve = [json.loads(line) for line in (whole / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve if "eval_accuracy" in row][:2] == [5, 10]
     step = reward.PairRewardTrainer.training_step
 
     def break_at_11(self, *args, **kwargs):

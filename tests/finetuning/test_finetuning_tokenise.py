@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 from hf_scratch_gpt.finetuning.sft import Arguments
 from hf_scratch_gpt.finetuning.tokenise import (
+    AnswerEncoder,
     conversation_encoder,
-    encode_answer,
     load_examples,
     preference_encoder,
     tokenise,
 )
+from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,30 @@ def test_control_tokens_in_a_users_text_stay_text(tokenizer):
 
 def test_earlier_answers_in_the_prompt_are_context_not_targets(tokenizer):
     prompt = say("user", "one") + say("assistant", "two") + say("user", "three")
-    answer = encode_answer(tokenizer, prompt, say("assistant", "four"))
+    answer = AnswerEncoder(tokenizer)(prompt, say("assistant", "four"))
     assert tokenizer.decode(answer.input_ids[answer.start :]) == "four<|im_end|>"
     assert answer.mask == [0] * answer.start + [1] * (len(answer.input_ids) - answer.start)
+
+
+def test_a_prompt_is_cut_at_the_same_place_whether_its_roles_were_seen_or_not(tokenizer):
+    encode, rows = AnswerEncoder(tokenizer), make_rows(12)
+    for row in rows:
+        first = AnswerEncoder(tokenizer)(row["prompt"], row["completion"])
+        assert encode(row["prompt"], row["completion"]) == first
+        prompt_ids = encode_conversation(tokenizer, row["prompt"], add_generation_prompt=True)["input_ids"]
+        assert first.input_ids[: first.start] == prompt_ids
+
+
+def test_a_template_that_renders_a_prompt_differently_before_an_answer_is_refused(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = tokenizer.chat_template.replace(
+        "{%- if add_generation_prompt -%}", "{%- if add_generation_prompt -%}Now answer. "
+    )
+    with pytest.raises(ValueError, match="renders the prompt differently"):
+        AnswerEncoder(changed)(say("user", "hi"), say("assistant", "yes"))
+    changed.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="marks no assistant tokens"):
+        AnswerEncoder(changed)(say("user", "hi"), say("assistant", "yes"))
 
 
 def test_a_preference_shares_its_prompt_and_splits_at_the_answers(tokenizer):
@@ -69,7 +91,9 @@ def test_a_preference_shares_its_prompt_and_splits_at_the_answers(tokenizer):
 def test_rows_that_cannot_be_used_are_named(tokenizer):
     rows = make_rows(3)
     rows[1]["completion"] = say("user", "not an answer")
-    with pytest.raises(ValueError, match=r"data\.jsonl, row 2 \(.*\): no assistant message"):
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl, row 2 \(.*\): the completion does not begin with an assistant"
+    ):
         tokenise(rows, conversation_encoder(tokenizer), "data.jsonl", 96, False)
     same = {"prompt": say("user", "hi"), "chosen": say("assistant", "yes"), "rejected": say("assistant", "yes")}
     with pytest.raises(ValueError, match=r"row 1 \('hi'\): 'chosen' and 'rejected' are the same"):
