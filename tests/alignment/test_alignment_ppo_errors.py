@@ -110,7 +110,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused_and_with_the_same_is_t
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     trainer = make_trainer(tmp_path / "same", reward=str(folder))
-    assert trainer.rewards[0].name == str(folder)
+    assert trainer.rewards[0].name == "reward"
     swapped = dict(VOCABULARY, w1=VOCABULARY["w2"], w2=VOCABULARY["w1"])
     state = tokenizer.backend_tokenizer.to_str().replace('"w1":4', '"w1":5#').replace('"w2":5', '"w2":4')
     tokenizer = type(tokenizer)(

@@ -71,20 +71,16 @@ class ModelReward:
     `reward_mean` and `reward_std` in its config.json are those of its scores on reference answers (0 and 1 if absent).
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int, name: str):
-        self.model, self.tokenizer, self.batch_size, self.name = (
-            model.eval().requires_grad_(False),
-            tokenizer,
-            batch_size,
-            name,
-        )
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int, source: str):
+        self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
+        self.source, self.name = source, Path(source).name
         config: Any = model.config
         if config.num_labels != 1:
-            raise ValueError(f"reward model {name}: has {config.num_labels} labels, expected 1 (num_labels=1)")
+            raise ValueError(f"reward model {source}: has {config.num_labels} labels, expected 1 (num_labels=1)")
         self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
-                f"reward model {name}: reward_mean {self.mean}, reward_std {self.std}; expected a std > 0"
+                f"reward model {source}: reward_mean {self.mean}, reward_std {self.std}; expected a std > 0"
             )
         if config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -102,7 +98,7 @@ class ModelReward:
         longest = max(map(len, sequences))
         if limit is not None and longest > limit:
             raise ValueError(
-                f"reward model {self.name}: a prompt and its completion have {longest} tokens, its context is "
+                f"reward model {self.source}: a prompt and its completion have {longest} tokens, its context is "
                 f"{limit}; lower 'max_new_tokens' or shorten the prompts"
             )
         batches = [sequences[start : start + self.batch_size] for start in range(0, len(sequences), self.batch_size)]

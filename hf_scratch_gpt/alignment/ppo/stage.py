@@ -23,7 +23,6 @@ from hf_scratch_gpt.finetuning.models import (
     load_model,
     load_tokenizer,
     save_tuned,
-    trainable_parameters,
 )
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.training import train
@@ -101,7 +100,7 @@ def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
         rewards.append(gold)
         trainer_args.reward_weights = [*(arguments.reward_weights or [1.0]), 0.0]
     trainer = PPOTrainer(
-        model=load_model(AutoModelForCausalLM, source),
+        model=load_model(AutoModelForCausalLM, source, tokenizer),
         reward_funcs=rewards,
         args=trainer_args,
         train_dataset=prompts,
@@ -109,7 +108,8 @@ def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
         processing_class=tokenizer,
         peft_config=make_lora_config(arguments, "CAUSAL_LM"),
     )
-    metrics: dict[str, Any] = {"trainable_parameters": trainable_parameters(trainer.model), "critic": arguments.critic}
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    metrics: dict[str, Any] = {"trainable_parameters": trained, "critic": arguments.critic}
     started = time.monotonic()
     train(trainer, stage_run)
     metrics["train_seconds"] = time.monotonic() - started

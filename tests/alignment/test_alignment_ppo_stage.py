@@ -1,0 +1,164 @@
+"""The stage `ppo`: a whole folder out of a chat model, a reward model and task rows, once and resumably."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_scratch_gpt.alignment.ppo import stage
+from hf_scratch_gpt.model import (
+    ScratchGPTConfig,
+    ScratchGPTForCausalLM,
+    ScratchGPTForSequenceClassification,
+    ScratchGPTTokenizer,
+    encode_conversation,
+)
+from hf_scratch_gpt.runs import Interrupted, parse_arguments, read_json, read_metrics
+from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
+
+COLOURS = ["red", "green", "blue", "black", "white"]
+
+
+def make_rows(count):
+    return [
+        {
+            "id": str(number),
+            "family": "colour",
+            "prompt": [{"role": "user", "content": f"Which is {COLOURS[number % 5]}?"}],
+            "completion": [{"role": "assistant", "content": COLOURS[number % 5]}],
+            "answer": COLOURS[number % 5],
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = ScratchGPTTokenizer.train(["Which is red green blue black white? user assistant"] * 9, vocab_size=300)
+    set_seed(0)
+    config = ScratchGPTConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ScratchGPTForCausalLM(config).save_pretrained(folder / "sft")
+    config.update({"num_labels": 1, "reward_mean": 0.1, "reward_std": 0.5})
+    ScratchGPTForSequenceClassification(config).save_pretrained(folder / "reward")
+    for name in ("sft", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    for name, count in (("train", 30), ("heldout", 6)):
+        lines = [json.dumps(row) for row in make_rows(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def make_arguments(inputs, output, **options):
+    settings = {
+        "model_name_or_path": inputs / "sft",
+        "reward_model": inputs / "reward",
+        "dataset": inputs / "train.jsonl",
+        "eval_dataset": inputs / "heldout.jsonl",
+        "output_dir": output,
+        "total_episodes": 24,
+        "rollout_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "num_ppo_epochs": 2,
+        "max_new_tokens": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 4,
+        "save_steps": 3,
+        **options,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return parse_arguments(stage.Arguments, flags)
+
+
+@pytest.mark.parametrize(("critic", "peft"), [("separate", "lora"), ("shared", "none")])
+def test_it_writes_a_complete_model_that_is_not_made_twice(inputs, tmp_path, critic, peft):
+    arguments = make_arguments(inputs, tmp_path / "ppo", critic=critic, peft=peft)
+    folder = stage.run(arguments)
+    metrics = read_metrics(folder)["metrics"]
+    assert metrics["episodes"] == 24
+    assert metrics["steps"] == 12
+    wanted = {"reward_start", "reward_end", "kl", "share_ended", "train_seconds", "seconds"}
+    assert wanted <= set(metrics)
+    assert {"training_gold_start", "training_gold_end", "heldout_reward", "heldout_kl"} <= set(metrics)
+    assert metrics["heldout_prompts"] == 6
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert {"reward", "kl", "rewards/reward", "rewards/gold", "tokens_per_second"} <= set(curve[0])
+    assert len((folder / "completions.jsonl").read_text().splitlines()) == 3 * 4
+    assert (folder / "value_model" / "config.json").is_file()
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "adapter").is_dir() == (peft == "lora")
+
+    before, after = (AutoModelForCausalLM.from_pretrained(source) for source in (inputs / "sft", folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = encode_conversation(tokenizer, make_rows(1)[0]["prompt"], add_generation_prompt=True)["input_ids"]
+    assert not torch.allclose(before(torch.tensor([ids])).logits, after(torch.tensor([ids])).logits, atol=1e-4)
+    assert tokenizer.eos_token_id in after.generation_config.eos_token_id
+    made = (folder / "metrics.json").stat().st_mtime_ns
+    assert stage.run(arguments) == folder
+    assert (folder / "metrics.json").stat().st_mtime_ns == made
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(inputs, tmp_path, monkeypatch):
+    from hf_scratch_gpt.alignment.ppo.trainer import PPOTrainer
+
+    whole = stage.run(make_arguments(inputs, tmp_path / "whole", critic="shared"))
+    plain = PPOTrainer.compute_loss
+    calls = []
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            import signal
+
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    arguments = make_arguments(inputs, tmp_path / "stopped", critic="shared")
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "compute_loss", interrupt)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6"):
+            stage.run(arguments)
+    assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "checkpoint-6"
+    stopped = stage.run(arguments)
+    names = ("model.safetensors", "value_model/value_head.safetensors", "completions.jsonl")
+    for name in names:
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+
+    def without_clock(folder):
+        rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        clocks = {
+            "seconds",
+            "tokens_per_second",
+            "train_runtime",
+            "train_samples_per_second",
+            "train_steps_per_second",
+        }
+        return [{name: row[name] for name in row.keys() - clocks} for row in rows if "loss" in row]
+
+    assert without_clock(whole) == without_clock(stopped)
+    first, second = (read_json(folder / "metrics.json")["metrics"] for folder in (whole, stopped))
+    assert {name for name in first if first[name] != second[name]} <= {"seconds", "train_seconds"}
+
+
+def test_prompts_need_no_answer_and_may_be_text(inputs, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Which?"}\n{"prompt": [{"role": "user", "content": "Who?"}], "kind": 2}\n')
+    rows = stage.read_prompt_rows(str(path), "train")
+    assert rows[0] == {"prompt": [{"role": "user", "content": "Which?"}]}
+    assert rows[1]["prompt"][0]["content"] == "Who?"
+    assert stage.read_prompt_rows(str(inputs / "train.jsonl"), "train")[3]["answer"] == COLOURS[3]
+
+
+def test_missing_inputs_are_named(inputs, tmp_path):
+    arguments = make_arguments(inputs, tmp_path / "ppo")
+    with pytest.raises(ValueError, match="'reward_model' is missing: name the folder"):
+        stage.run(dataclasses.replace(arguments, reward_model="", max_steps=-1))
+    with pytest.raises(OSError, match="no such model folder"):
+        stage.run(dataclasses.replace(arguments, reward_model=str(tmp_path / "none"), max_steps=-1))
+    with pytest.raises(ValueError, match="unknown setting 'kl_coeff'; did you mean 'kl_coef'"):
+        parse_arguments(stage.Arguments, ["--output_dir", str(tmp_path), "--kl_coeff", "0.1"])
