@@ -27,7 +27,7 @@ class EvaluateArguments(StageArguments):
         max_new_tokens (`int`, *optional*, defaults to `48`): Longest answer.
         few_shot (`int`, *optional*, defaults to `3`): Solved examples in a few-shot prompt; 0 leaves few-shot out.
         few_shot_models (`list[str]`, *optional*, defaults to the first model and the reference): Asked few-shot.
-        text_bytes (`int`, *optional*, defaults to `300000`): Most bytes of held-out text; 0 takes all.
+        text_bytes (`int`, *optional*, defaults to `100000`): Most bytes of held-out text; 0 takes all.
         batch_size (`int`, *optional*, defaults to `64`): Answers generated at once.
         attention_text (`str`, *optional*): Sentence of the attention map.
     """
@@ -56,7 +56,7 @@ class EvaluateArguments(StageArguments):
     few_shot_models: list[str] = field(
         default_factory=list, metadata={"help": "Models asked few-shot (default: the first and the reference)."}
     )
-    text_bytes: int = field(default=300_000, metadata={"help": "Most bytes of held-out text; 0 takes all."})
+    text_bytes: int = field(default=100_000, metadata={"help": "Most bytes of held-out text; 0 takes all."})
     batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
     attention_text: str = field(
         default="The sorted() function returns a new sorted list from the items in an iterable.",

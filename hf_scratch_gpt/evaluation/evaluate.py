@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_scratch_gpt.evaluation.arguments import EvaluateArguments
 from hf_scratch_gpt.runs import StageRun, read_json, write_json, write_text
+from hf_scratch_gpt.runs.hardware import keep_freed_memory
 from hf_scratch_gpt.runs.training import progress_bar
 
 Arguments = EvaluateArguments
@@ -22,17 +23,16 @@ Arguments = EvaluateArguments
 
 def run(arguments: EvaluateArguments) -> Path:
     """Measure the models and write the folder; a model that an interrupted run has measured is not measured again."""
+    _check_inputs(arguments)
     with StageRun(arguments, "evaluate") as run:
         if run.finished:
             return run.folder
+        keep_freed_memory()
         from hf_scratch_gpt.evaluation.comparison import summarise
         from hf_scratch_gpt.evaluation.material import load_material
         from hf_scratch_gpt.evaluation.measure import Measurer, measure_reward_model
-        from hf_scratch_gpt.evaluation.models import require_folder
 
         material = load_material(arguments)
-        for folder in [*arguments.models, *([arguments.reward_model] if arguments.reward_model else [])]:
-            require_folder(folder)
         measurer = Measurer(arguments, material)
         records: dict[str, Any] = {}
         bar = progress_bar("evaluate", len(arguments.models))
@@ -49,6 +49,18 @@ def run(arguments: EvaluateArguments) -> Path:
         _write_attention(run.folder, arguments)
         run.finish(metrics)
     return run.folder
+
+
+def _check_inputs(arguments: EvaluateArguments) -> None:
+    """Name what is missing before a finished run of other settings is set aside."""
+    from hf_scratch_gpt.evaluation.models import require_folder
+
+    for folder in [*arguments.models, *([arguments.reward_model] if arguments.reward_model else [])]:
+        require_folder(folder)
+    if arguments.dataset_dir and not Path(arguments.dataset_dir).is_dir():
+        raise FileNotFoundError(
+            f"{arguments.dataset_dir}: no such folder; 'dataset_dir' is that of the stage 'prepare'"
+        )
 
 
 def _measure_once(run: StageRun, measurer: Any, step: int, name: str, folder: str) -> dict[str, Any]:

@@ -32,10 +32,12 @@ def load_reward_model(folder: str) -> tuple[Any, Any]:
 def _load(auto_class: Any, folder: str, **settings: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 
     require_folder(folder)
+    transformers_logging.disable_progress_bar()  # a bar of its own for each file read
     model = auto_class.from_pretrained(folder, dtype=torch.float32, **settings)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(folder)
 

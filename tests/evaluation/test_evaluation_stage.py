@@ -118,8 +118,11 @@ def test_mistakes_in_the_settings_are_named(tmp_path, prepared, model_folders, c
 
 
 def test_missing_material_is_named_before_a_model_is_loaded(tmp_path, prepared, model_folders):
-    with pytest.raises(FileNotFoundError, match=r"heldout\.jsonl: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing: no such folder; 'dataset_dir'"):
         run(arguments(tmp_path, tmp_path / "nothing", model_folders))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"heldout\.jsonl: no such file"):
+        run(arguments(tmp_path, tmp_path / "empty", model_folders))
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         run(arguments(tmp_path, prepared, model_folders, models=["/no/model", str(model_folders / "tuned")]))
 
