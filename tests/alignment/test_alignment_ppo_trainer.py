@@ -51,6 +51,27 @@ def test_first_ratio_is_exactly_one_and_first_kl_zero_at_any_temperature(tmp_pat
     assert any(parameter.grad is not None for parameter in trainer.model.critic.parameters())
 
 
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_in_bf16_too_the_first_ratio_is_one_and_the_first_kl_zero(tmp_path, peft):
+    """Sampling, old log-probabilities, reference and training all run under the same autocast."""
+    trainer = make_trainer(tmp_path, critic="separate", peft=peft, bf16=True, max_steps=1, num_ppo_epochs=1)
+    seen = []
+    plain = trainer.model.policy.forward
+
+    def spy(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        seen.append(output.logits.dtype)
+        return output
+
+    trainer.model.policy.forward = spy
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    line = trainer.state.log_history[0]
+    assert line["kl"] == 0.0
+    assert (line["ratio"], line["update_kl"]) == (1.0, 0.0)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("make_model", [make_llama, make_gpt2], ids=["llama", "gpt2"])
 def test_log_probabilities_of_the_batch_equal_those_of_each_sequence_alone(tmp_path, make_model):
     model = make_model()

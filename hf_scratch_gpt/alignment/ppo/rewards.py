@@ -114,7 +114,8 @@ class ModelReward:
         ids, mask = left_pad(sequences, self.tokenizer.pad_token_id)
         device = next(self.model.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids_of(mask)).logits
+        with torch.autocast(device.type, enabled=False):  # its mean and deviation were measured in fp32
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids_of(mask)).logits
         return logits[:, 0].float().cpu()
 
     def normalise(self, scores: Tensor) -> Tensor:

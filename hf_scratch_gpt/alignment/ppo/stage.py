@@ -36,8 +36,8 @@ class PPOArguments(TuningArguments, PPOConfig):
         reward_model (`str`): Folder or Hub id of a sequence classifier with one label and the policy's tokenizer.
         eval_prompts (`int`, *optional*, defaults to `256`): Held-out prompts on which the trained policy is measured
             (the first ones of `eval_dataset`, or of the prepare folder's held-out tasks); 0 measures none.
-        bf16 (`bool`, *optional*, defaults to `False`): bf16 autocast in sampling, scoring and training alike. Off by
-            default: its rounding is noise in the probability ratios, and rollouts gain little from it.
+        bf16 (`bool`, *optional*, defaults to `False`): bf16 autocast in sampling, log-probabilities and training
+            alike. Off by default: its rounding is noise in the probability ratios.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "reward_model", "dataset", "eval_dataset")

@@ -192,7 +192,7 @@ class PPOTrainer(Trainer):
 
     def _sample(self, prompts: list[Prompt], seed: int) -> Episodes:
         self.model.eval()
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             return sample_and_score(
                 self.model.policy, self.processing_class, prompts, self.rewards, self.args,
                 self.end_ids, self.suppressed_ids, seed,
@@ -210,7 +210,7 @@ class PPOTrainer(Trainer):
         for rows in torch.arange(len(blank), device=blank.device).split(self.args.per_device_train_batch_size):
             batch = rollout.select(rows)
             inputs, width = batch.model_inputs(), batch.mask.shape[1]
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 logits, values = self.model(**inputs, response_length=width)
                 with self._as_reference() as reference:
                     ref_logits, _ = response_logits(reference, inputs, width)
