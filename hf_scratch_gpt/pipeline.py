@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from hf_scratch_gpt.cli import STAGES
 from hf_scratch_gpt.runs import parse_arguments, read_metrics
 from hf_scratch_gpt.runs.arguments import nearest, read_recipe
+from hf_scratch_gpt.runs.files import shipped_folder
 from hf_scratch_gpt.runs.folder import METRICS
 
 # The settings that a budget stretches or shrinks, and the minutes that the recipes as written aim at on two cores.
@@ -49,11 +50,10 @@ def find_recipes(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    package = Path(__file__).parent
-    shipped = next((root for root in (package / "recipes", package.parent / "recipes") if root.is_dir()), None)
-    if shipped is not None and (shipped / name).is_dir():
+    shipped = shipped_folder("recipes")
+    if (shipped / name).is_dir():
         return shipped / name
-    names = sorted(path.name for path in shipped.iterdir() if (path / "pretrain.yaml").is_file()) if shipped else []
+    names = sorted(path.name for path in shipped.iterdir() if (path / "pretrain.yaml").is_file())
     raise FileNotFoundError(f"no recipe folder '{name}'; by name there are: {', '.join(names) or 'none'}")
 
 
@@ -148,6 +148,7 @@ def _make_parser(command: str) -> _Parser:
 
 def _run_command(recipes: str, output_dir: str | None, budget_minutes: float, until: str | None) -> int:
     from hf_scratch_gpt.reporting import stage_table, write_report
+    from hf_scratch_gpt.reporting.card import write_cards
 
     if not budget_minutes > 0:
         raise ValueError(f"--budget-minutes is {budget_minutes}: give a number above 0")
@@ -159,6 +160,7 @@ def _run_command(recipes: str, output_dir: str | None, budget_minutes: float, un
         plans = [plan for plan in plans if list(STAGES).index(plan.stage) <= last]
     wall_seconds = run_stages(plans)
     report = write_report(root, wall_seconds)
+    write_cards(root, report)
     print(f"\n{stage_table(report)}\n\nreport: {root / 'report.html'}\ntalk to it: scratch-gpt chat {root}")
     return 0
 

@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the public data sets, from SCRATCH_GPT_TEST_DATA or beside the repository; skips where it is missing."""
+    """Folder of the public data sets: SCRATCH_GPT_TEST_DATA or beside the repository; skips where it is missing."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SCRATCH_GPT_TEST_DATA", default))
     if not folder.is_dir():

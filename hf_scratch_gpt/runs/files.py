@@ -122,3 +122,18 @@ def replace_folder(target: str | Path) -> Iterator[Path]:
         remove_folder(target)
     os.replace(temporary, target)
     _flush(target.parent)
+
+
+def shipped_folder(name: str) -> Path:
+    """A top-level folder of the repository that travels in the package: `recipes` or `model_cards`.
+
+    In an installed package it is inside it; in a checkout it stands beside it.
+
+    Raises:
+        FileNotFoundError: if it is in neither place: the installation is damaged.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{package / name}: missing; install hf_scratch_gpt again")
