@@ -121,13 +121,16 @@ def run_stages(plans: Sequence[StagePlan]) -> float:
 
     Every recipe is parsed before the first stage starts, so that a wrong key in the last one costs no training.
     """
-    parsed = [_parse_plan(plan) for plan in plans]
     began, earlier = time.monotonic(), 0.0
-    for number, (plan, (module, arguments)) in enumerate(zip(plans, parsed, strict=True), start=1):
+    for plan in plans:
+        _parse_plan(plan)
+    for number, plan in enumerate(plans, start=1):
         before, start = _run_id(plan.output_dir), time.monotonic()
         print(f"[{number}/{len(plans)}] {plan.stage}: {STAGES[plan.stage][1]}", flush=True)
-        folder = module.run(arguments)
         _reset_libraries()
+        # Parsed again, because transformers' settings hold on to the global state that was just reset.
+        module, arguments = _parse_plan(plan)
+        folder = module.run(arguments)
         metrics, spent = read_metrics(folder), time.monotonic() - start
         earlier += max(0.0, metrics["seconds"] - spent)
         note = "is up to date" if metrics["run_id"] == before else f"done in {metrics['seconds']:.0f} s"
