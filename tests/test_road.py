@@ -119,7 +119,7 @@ def test_a_killed_road_completes_without_redoing_what_was_finished(road):
 
 
 def test_a_finished_road_has_nothing_left_to_do(road):
-    root, recipes, _, log = road
+    root, recipes, _, _ = road
     before = finished(root)
     again = root.parent / "again.txt"
     assert start(recipes, root, again).wait(timeout=120) == 0, again.read_text()
