@@ -59,6 +59,7 @@ class PretrainingLoop:
         # Every window is full, so the number of targets over all processes is known beforehand.
         self.targets_per_step = arguments.batch_size * (arguments.context_length - 1)
         self._steps_here, self._seconds_here = 0, 0.0
+        self._step_seconds = 0.0  # of a step so far, on the slowest process
         self._mark = (0, 0.0)
         self._checkpointed_at = clock()
 
@@ -72,7 +73,7 @@ class PretrainingLoop:
         state = self.state
         if state.done:
             return
-        state.elapsed = self.clock()
+        (state.elapsed,) = self._largest(self.clock())
         if state.schedule_start is None:
             state.schedule_start = state.elapsed
         with contextlib.closing(self._make_bar()) as bar:
@@ -82,7 +83,7 @@ class PretrainingLoop:
 
     def _train(self, bar: Any, stop: StopRequest) -> None:
         state = self.state
-        while not self.budget.spent(state.step, state.elapsed, self._step_seconds()):
+        while not self.budget.spent(state.step, state.elapsed, self._step_seconds):
             self._step()
             asked, due = self._agree(stop)
             self._log(bar)
@@ -104,8 +105,17 @@ class PretrainingLoop:
         bar.disable = bar.disable or not self.accelerator.is_main_process
         return bar
 
-    def _step_seconds(self) -> float:
-        return self._seconds_here / self._steps_here if self._steps_here else 0.0
+    def _largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes.
+
+        Rates and the end of the budget follow the clock: processes that read their own would train different weights,
+        and one would stop while the others wait for its gradients.
+        """
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        votes = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        return votes.tolist()
 
     def _set_rates(self) -> None:
         arguments, state = self.arguments, self.state
@@ -181,21 +191,16 @@ class PretrainingLoop:
         due = bool(arguments.checkpoint_steps) and state.step % arguments.checkpoint_steps == 0
         seconds = arguments.checkpoint_seconds
         due = due or (seconds > 0 and elapsed - self._checkpointed_at >= seconds)
+        step_seconds = self._seconds_here / self._steps_here
         asked = stop.requested is not None
-        if self.accelerator.num_processes > 1:
-            votes = torch.tensor(
-                [elapsed, float(asked), float(due)], dtype=torch.float64, device=self.accelerator.device
-            )
-            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-            elapsed, asked, due = float(votes[0]), bool(votes[1]), bool(votes[2])
-        state.elapsed = elapsed
-        return asked, due
+        state.elapsed, self._step_seconds, *votes = self._largest(elapsed, step_seconds, float(asked), float(due))
+        return bool(votes[0]), bool(votes[1])
 
     def _log(self, bar: Any) -> None:
         state = self.state
         bar.update((state.step if self.budget.steps is not None else min(round(state.elapsed), bar.total)) - bar.n)
         if state.step % self.arguments.logging_steps and not self.budget.spent(
-            state.step, state.elapsed, self._step_seconds()
+            state.step, state.elapsed, self._step_seconds
         ):
             return
         steps, seconds = self._steps_here - self._mark[0], self._seconds_here - self._mark[1]
