@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from hf_scratch_gpt.runs import StageRun
+from hf_scratch_gpt.runs.arguments import check_trackers
 from hf_scratch_gpt.runs.hardware import has_fast_bf16, keep_freed_memory
 
 _PEFT_CHOICES = ("lora", "none")
@@ -107,6 +108,7 @@ class TuningArguments:
         self._check()
 
     def _check(self) -> None:
+        check_trackers(self.report_to)
         if self.peft not in _PEFT_CHOICES:
             raise ValueError(f"'peft' is '{self.peft}', expected one of {', '.join(_PEFT_CHOICES)}")
         if self.lora_r < 1:

@@ -1,7 +1,6 @@
 """Everything that a pretraining run needs before its first step: launcher, data, model, precision, compilation."""
 
 import dataclasses
-import importlib.util
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overrides
 from hf_scratch_gpt.runs import read_json
+from hf_scratch_gpt.runs.arguments import check_trackers
 from hf_scratch_gpt.runs.hardware import has_fast_bf16
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,7 @@ def make_accelerator(arguments: PretrainArguments) -> Any:
     from accelerate.utils import ProjectConfiguration
 
     tracker = None if arguments.report_to == "none" else arguments.report_to
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("report_to is 'tensorboard', which is not installed: pip install 'hf_scratch_gpt[track]'")
-    if tracker == "trackio" and importlib.util.find_spec("trackio") is None:
-        raise ValueError("report_to is 'trackio', which is not installed: pip install 'hf_scratch_gpt[track]'")
+    check_trackers(tracker)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:  # a stage that ran in this process before may have left its own settings behind
         AcceleratorState._reset_state(reset_partial_state=True)

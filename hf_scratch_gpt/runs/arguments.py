@@ -1,6 +1,7 @@
 """A stage's settings: one dataclass, read by TRL's parser from a YAML recipe and then from the command line."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -56,6 +57,22 @@ class StageArguments:
     report_to: str = dataclasses.field(
         default="none", metadata={"help": "Where to log besides curve.jsonl: none, tensorboard or trackio."}
     )
+
+
+# What provides each tracker that `report_to` may name; any one of the modules will do.
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+
+
+def check_trackers(report_to: str | Sequence[str] | None) -> None:
+    """Check that what a run should report to is installed; names that we do not know are left to transformers.
+
+    Raises:
+        ValueError: naming the tracker that is not installed.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        modules = _TRACKERS.get(name, ())
+        if modules and not any(importlib.util.find_spec(module) for module in modules):
+            raise ValueError(f"report_to is '{name}', which is not installed: pip install 'hf_scratch_gpt[track]'")
 
 
 def _unique_key_loader() -> type:

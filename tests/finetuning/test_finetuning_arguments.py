@@ -80,3 +80,10 @@ def test_no_adapter_without_peft():
 def test_packing_is_refused_since_batches_hold_rows_of_like_length(name):
     with pytest.raises(ValueError, match=name):
         SFTArguments(output_dir="out", **{name: True})
+
+
+@pytest.mark.parametrize("argument_class", ALL)
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(argument_class, recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'trackio', which is not installed: pip install"):
+        parse_arguments(argument_class, [str(recipe), "--report_to", "trackio"])

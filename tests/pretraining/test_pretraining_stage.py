@@ -263,7 +263,7 @@ def test_non_finite_updates_in_a_row_end_the_run(make_arguments, monkeypatch):
     ],
 )
 def test_a_users_mistake_is_named(make_arguments, monkeypatch, changes, message):
-    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         run(make_arguments(**changes))
 
