@@ -1,5 +1,7 @@
 """What we touch inside TRL: here and nowhere else, so that an upgrade has one place to break."""
 
+from typing import Any
+
 import trl.trainer.utils as trl_utils
 
 
@@ -16,3 +18,13 @@ def score_only_trained_positions() -> None:
 
 def _always(device: object) -> bool:
     return True
+
+
+def let_head_have_no_bias(model: Any) -> None:
+    """TRL's fused head reads the `bias` of the output head, which PEFT's wrapper for trained token rows does not have.
+
+    Its `weight` is right: the base's with the trained rows in their places.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_scratch_gpt.evaluation.intervals import bootstrap_ratio
-from hf_scratch_gpt.finetuning._compat import score_only_trained_positions
+from hf_scratch_gpt.finetuning._compat import let_head_have_no_bias, score_only_trained_positions
 from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
 from hf_scratch_gpt.finetuning.models import (
     context_length,
@@ -23,6 +23,8 @@ from hf_scratch_gpt.finetuning.scoring import score_answers
 from hf_scratch_gpt.finetuning.tokenise import conversation_encoder, load_examples
 from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
 from hf_scratch_gpt.runs import StageRun
+
+_ROWS_LOOKED_AT = 100
 
 
 @dataclasses.dataclass
@@ -46,6 +48,7 @@ class ConversationTrainer(LengthGrouping, SFTTrainer):
         self.example_lengths = list(train_dataset["length"])
         score_only_trained_positions()
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        let_head_have_no_bias(self.model)
 
 
 def run(arguments: SFTArguments) -> Path:
@@ -70,13 +73,16 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
 
     settings = trainer_arguments(arguments, stage_run, max_length)
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
+    lora = make_lora_config(arguments, "CAUSAL_LM")
+    if lora is not None:
+        lora.trainable_token_indices = control_tokens_in(examples.train, tokenizer) or None
     trainer = ConversationTrainer(
         model=load_model(AutoModelForCausalLM, arguments.model_name_or_path, tokenizer),
         args=settings,
         train_dataset=examples.train,
         eval_dataset=examples.heldout,
         processing_class=tokenizer,
-        peft_config=make_lora_config(arguments, "CAUSAL_LM"),
+        peft_config=lora,
     )
     sample = examples.train[: min(4, len(examples.train))]["input_ids"]
     model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
@@ -87,6 +93,18 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
         batch_size = arguments.per_device_eval_batch_size
         metrics |= measure_heldout(model, examples.heldout, tokenizer.pad_token_id, batch_size)
     stage_run.finish(metrics)
+
+
+def control_tokens_in(examples: Any, tokenizer: Any) -> list[int]:
+    """Ids of the chat template's control tokens: their embeddings are trained beside the adapter.
+
+    A base model has never read them, and pretraining moved all the rows that it never read the same way. Adapters
+    leave the embedding as it is, so the end token would share its probability with every other unread token: the
+    quickstart's base model gave it 0.09 at most, whatever the adapters did.
+    """
+    added = set(tokenizer.added_tokens_decoder)
+    rows = examples[: min(_ROWS_LOOKED_AT, len(examples))]["input_ids"]
+    return sorted({token for row in rows for token in row if token in added})
 
 
 def measure_heldout(model: Any, heldout: Any, pad_token_id: int, batch_size: int) -> dict[str, Any]:

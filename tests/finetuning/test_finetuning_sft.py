@@ -69,7 +69,10 @@ def test_the_output_is_a_complete_plain_model_whose_linear_weights_changed(base,
     old, new = weights(base), weights(tuned)
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {name for name in old if "_proj" in name}  # embedding, norms and tied head are frozen
+    # Frozen are norms and, in the embedding (which is the head too), all rows but those of the control tokens.
+    assert changed == {name for name in old if "_proj" in name} | {"model.embed_tokens.weight"}
+    rows = (old["model.embed_tokens.weight"] != new["model.embed_tokens.weight"]).any(1).nonzero()[:, 0].tolist()
+    assert AutoTokenizer.from_pretrained(tuned).convert_ids_to_tokens(rows) == ["<|im_start|>", "<|im_end|>"]
     names = {path.name for path in tuned.iterdir()}
     expected = {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "recipe.yaml"}
     assert expected | {"metrics.json", "curve.jsonl", "adapter", "modeling_scratch_gpt.py"} <= names
@@ -90,9 +93,26 @@ def test_metrics_say_what_was_done(base, tuned):
     assert metrics["tokens"] > 12 * 4 * 10
     # q, k, v, o, gate, up, down of two layers: rank 4 x (inputs + outputs)
     sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
-    assert metrics["trainable_parameters"] == 2 * sum(4 * (rows + columns) for rows, columns in sizes)
+    control_tokens = 2 * 32  # the rows of <|im_start|> and <|im_end|>
+    assert metrics["trainable_parameters"] == 2 * sum(4 * (rows + columns) for rows, columns in sizes) + control_tokens
     curve = [json.loads(line) for line in (tuned / "curve.jsonl").read_text().splitlines()]
     assert any("loss" in row and "tokens_per_second" in row for row in curve)
+
+
+def test_an_end_token_that_the_base_model_never_read_becomes_likely(base, data, tmp_path):
+    """Pretraining moves all unread rows alike; while they are equal none of n has more than 1/n of the probability."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    unread = sorted(tokenizer.added_tokens_decoder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[unread] = model.get_input_embeddings().weight[unread[0]].clone()
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    folder = tune(tmp_path / "base", data, tmp_path / "tuned", max_steps=60)
+    (tmp_path / "tuned.yaml").unlink()
+    row = sft.conversation_encoder(tokenizer)(make_rows(1)[0])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([row["input_ids"]])).logits
+    assert logits[0, -2].softmax(-1)[tokenizer.eos_token_id] > 0.5 > 1 / len(unread)
 
 
 def test_heldout_loss_is_the_models_own_loss_and_fell(base, tuned, data):
