@@ -53,21 +53,24 @@ def test_heldout_numbers_are_those_of_scoring_each_answer_alone(trained):
     loaded = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
     arguments = parse_arguments(reward.Arguments, [str(trained.with_suffix(".yaml"))])
-    heldout = load_examples(arguments, "preferences", reward.reward_encoder(tokenizer), 96).heldout
-    scores = {"chosen_ids": [], "rejected_ids": []}
-    for column, values in scores.items():
-        for row in heldout[column]:
-            with torch.no_grad():
-                values.append(loaded(input_ids=torch.tensor([row])).logits.item())
+    pairs = load_examples(arguments, "preferences", reward.reward_encoder(tokenizer), 96)
+    heldout = pairs.heldout
+
+    def score(rows):
+        with torch.no_grad():
+            return [loaded(input_ids=torch.tensor([row])).logits.item() for row in rows]
+
+    scores = {column: score(heldout[column]) for column in ("chosen_ids", "rejected_ids")}
     wins = sum(good > bad for good, bad in zip(*scores.values(), strict=True))
     interval = wilson(wins, len(heldout))
     assert metrics["heldout_pairs"] == len(heldout) == 10
     assert metrics["heldout_accuracy"] == pytest.approx(wins / 10)
     assert metrics["heldout_accuracy_interval"] == pytest.approx([interval.low, interval.high])
     assert metrics["chance"] == 0.5
-    assert metrics["reward_mean"] == pytest.approx(np.mean(scores["chosen_ids"]), abs=1e-5)
-    assert metrics["reward_std"] == pytest.approx(np.std(scores["chosen_ids"]), abs=1e-5)
-    # PPO reads the scale from the model folder.
+    # PPO normalises by the scale, so no held-out answer may enter it; it reads it from the model folder.
+    reference = score(pairs.train["chosen_ids"])
+    assert metrics["reward_mean"] == pytest.approx(np.mean(reference), abs=1e-5)
+    assert metrics["reward_std"] == pytest.approx(np.std(reference), abs=1e-5)
     assert loaded.config.reward_mean == metrics["reward_mean"]
     assert loaded.config.reward_std == metrics["reward_std"]
     assert metrics["heldout_accuracy"] >= 0.9  # "good" against "bad" is easy
@@ -105,7 +108,6 @@ def test_without_adapters_the_whole_model_is_trained(model, data, tmp_path):
     assert not any(torch.equal(start[name], end[name]) for name in start if name in end)
     metrics = read_metrics(folder)["metrics"]
     assert "heldout_accuracy" not in metrics
-    assert metrics["reward_scale_from"] == "train"
     assert metrics["reward_std"] > 0
 
 
