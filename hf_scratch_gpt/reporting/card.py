@@ -26,7 +26,7 @@ _FIGURES = {
     "base_exact_match": "the same of the base model",
     "exact_match": "exact match on held-out questions",
     "sft_exact_match": "the same before alignment",
-    "gold_reward": "gold reward of sampled answers",
+    "gold_reward": "gold reward of {gold_reward_of}",
     "sft_gold_reward": "the same before alignment",
     "win_rate_vs_sft": "win rate against the model before alignment",
     "preference_accuracy": "accuracy on held-out preferences",
@@ -35,14 +35,15 @@ _FIGURES = {
 }
 
 
-def _figures(measured: dict[str, Any]) -> list[dict[str, str]]:
+def card_figures(measured: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of a card's table, from its stage's part of the report: label, value, 95% interval."""
     rows = []
     for key, label in _FIGURES.items():
         if measured.get(key) is None:
             continue
         interval = measured.get(f"{key}_interval")
         shown = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
-        rows.append({"label": label, "value": f"{measured[key]:.3f}", "interval": shown})
+        rows.append({"label": label.format_map(measured), "value": f"{measured[key]:.3f}", "interval": shown})
     return rows
 
 
@@ -114,7 +115,7 @@ def write_cards(root: str | Path, report: dict[str, Any]) -> list[Path]:
             lineage=lineage(stage, runs),
             parameters=run.metrics["parameters"],
             environment=f"Trained on {machine['cores']} cores ({machine['cpu']}) with torch {machine['torch']}.",
-            figures=_figures(report["stages"][stage]),
+            figures=card_figures(report["stages"][stage]),
         )
         paths.append(write_text(run.folder / CARD, _metadata() + text))
     return paths

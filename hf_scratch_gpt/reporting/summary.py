@@ -44,7 +44,7 @@ _COPIED = {
         "random_init_bits_per_byte",
         "heldout_bytes",
     ),
-    "sft": ("examples", "steps", "tokens", "train_loss", "heldout_loss", "heldout_token_accuracy"),
+    "sft": ("examples", "steps", "tokens", "last_train_loss", "heldout_loss", "heldout_token_accuracy"),
     "reward": (
         "pairs",
         "steps",
@@ -215,6 +215,8 @@ def make_report(root: str | Path, wall_seconds: float) -> dict[str, Any]:
         stages["prepare"]["heldout_compression"] = compression
     if "reward" in stages:
         stages["reward"]["chance_level"] = 0.5
+    if "reward_start" in stages.get("ppo", {}):
+        stages["ppo"]["reward_start_and_end_of"] = "learnt reward, normalised, of answers sampled to training prompts"
     if "evaluate" in runs:
         _add_evaluation(stages, runs)
     newest = max(runs.values(), key=lambda run: run.report.get("finished_at", ""))

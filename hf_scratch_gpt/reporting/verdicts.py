@@ -101,7 +101,9 @@ def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, A
     after, before = stage.get("heldout_bits_per_byte"), stage.get("random_init_bits_per_byte")
     if after is None:
         return {"measure": "held-out bits a byte", "verdict": "not measured"}
-    rivals = {name: compression.get(f"{name}_bits_per_byte") for name in ("gzip", "xz")}
+    # Compressors are rivals on the very same bytes only: a model may have been measured on a part of them.
+    same_bytes = stage.get("heldout_bytes", compression.get("bytes")) == compression.get("bytes")
+    rivals = {name: compression.get(f"{name}_bits_per_byte") for name in ("gzip", "xz") if same_bytes}
     beaten = [name for name, bits in rivals.items() if bits is not None and after < bits]
     unbeaten = [name for name, bits in rivals.items() if bits is not None and after >= bits]
     improved = before is not None and after < before

@@ -146,7 +146,7 @@ def write_training(root):
         seconds=341.0,
         curve=pretrain_curve,
     )
-    write_run(root, "sft", {"examples": 14000, "train_loss": 0.4}, 4, 120.0, _curve({"loss": (2.4, 0.31)}, 60))
+    write_run(root, "sft", {"examples": 14000, "last_train_loss": 0.4}, 4, 120.0, _curve({"loss": (2.4, 0.31)}, 60))
     write_run(
         root,
         "reward",

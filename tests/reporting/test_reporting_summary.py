@@ -8,6 +8,7 @@ import pytest
 from reporting_road import write_evaluation, write_run, write_training
 
 from hf_scratch_gpt.reporting import make_report, stage_table, write_report
+from hf_scratch_gpt.reporting.card import card_figures
 from hf_scratch_gpt.reporting.summary import find_stages, model_names
 from hf_scratch_gpt.reporting.verdicts import count, duration, percent, stage_rows
 
@@ -135,3 +136,24 @@ def test_numbers_are_told_as_people_tell_them():
     assert [duration(seconds) for seconds in (8.44, 59.4, 125, 4320)] == ["8.4 s", "59 s", "2 min 05 s", "1 h 12 min"]
     assert [count(value) for value in (37, 1_234, 4_100_000)] == ["37", "1.23k", "4.1M"]
     assert [percent(value) for value in (0.0, 0.004, 0.5, 0.9958, 1.0)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
+
+
+def test_figures_of_training_data_say_so(road):
+    stages = make_report(road, 1.0)["stages"]
+    assert stages["sft"]["last_train_loss"] == 0.4
+    assert stages["ppo"]["reward_start_and_end_of"].endswith("training prompts")
+
+
+def test_compressors_are_beaten_on_the_same_bytes_only(road):
+    path = road / "pretrain" / "metrics.json"
+    run = json.loads(path.read_text())
+    for heldout_bytes, words in ((300_000, "beats gzip and xz"), (100_000, "better than untrained")):
+        run["metrics"]["heldout_bytes"] = heldout_bytes
+        path.write_text(json.dumps(run))
+        rows = {row.stage: row for row in stage_rows(make_report(road, 1.0))}
+        assert rows["pretrain"].verdict == words
+
+
+def test_a_card_says_which_answers_its_gold_reward_is_of(road):
+    labels = {row["label"] for row in card_figures(make_report(road, 1.0)["stages"]["dpo"])}
+    assert "gold reward of answers sampled at temperature 1" in labels
