@@ -3,13 +3,10 @@ import random
 from pathlib import Path
 
 import pytest
+from pretraining_tiny import TINY_MODEL
 
 SENTENCE = "the list of names and a function that returns each value in the file when it is given by the caller"
 WORDS = SENTENCE.split()
-
-# A model of some 40,000 parameters.
-TINY_MODEL = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=2", "num_attention_heads=2"]
-TINY_MODEL += ["num_key_value_heads=1", "head_dim=16"]
 
 
 def _documents(count: int, seed: int) -> list[str]:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from pretraining_tiny import TINY_MODEL
 from safetensors.torch import load_file
 
 from hf_scratch_gpt.pretraining.pretrain import run

@@ -5,11 +5,12 @@ import time
 
 import pytest
 import torch
+from pretraining_tiny import TINY_MODEL
 from safetensors.torch import load_file
 
 import hf_scratch_gpt.pretraining.setup as setup
 from hf_scratch_gpt.pretraining.loop import PretrainingLoop
-from hf_scratch_gpt.pretraining.pretrain import choose_documents, run
+from hf_scratch_gpt.pretraining.pretrain import run
 from hf_scratch_gpt.runs import Interrupted, read_metrics
 
 
@@ -34,8 +35,6 @@ def assert_equal_weights(one, other, **tolerance):
 @pytest.fixture(scope="module")
 def finished(prepared_folder, tmp_path_factory):
     """A run that is long enough to learn something."""
-    from conftest import TINY_MODEL
-
     from hf_scratch_gpt.pretraining.pretrain import Arguments
 
     arguments = Arguments(
@@ -284,14 +283,6 @@ def test_a_recipe_and_the_command_line_give_the_settings(prepared_folder, tmp_pa
     assert setup.parse_overrides(arguments.model_overrides) == {"hidden_size": 64}
     arguments = parse_arguments(Arguments, [str(recipe), "--model_overrides", "hidden_size=32,num_hidden_layers=3"])
     assert setup.parse_overrides(arguments.model_overrides) == {"hidden_size": 32, "num_hidden_layers": 3}
-
-
-def test_documents_are_chosen_up_to_a_size():
-    documents = ["a" * 10, "", "b" * 10, "c" * 10]
-    assert choose_documents(documents, 0, 0) == ["a" * 10, "b" * 10, "c" * 10]
-    chosen = choose_documents(documents, 15, 0)
-    assert len(chosen) == 2
-    assert chosen == choose_documents(documents, 15, 0)
 
 
 def test_compile_is_tried_only_where_it_can_pay(make_arguments, monkeypatch, caplog):
