@@ -72,7 +72,7 @@ class PretrainArguments(StageArguments):
     logging_steps: int = _field(10, "Steps between lines of the curve.")
     evaluation_batch_size: int = _field(16, "Windows in a batch of the evaluation.")
     evaluation_bytes: int = _field(
-        0, "Measure bits per byte on about so many bytes of held-out documents, drawn by the seed; 0 for all."
+        0, "Measure bits per byte on at most so many bytes of held-out documents, drawn by the seed; 0 for all."
     )
 
     def check(self) -> None:

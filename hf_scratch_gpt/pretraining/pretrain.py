@@ -10,7 +10,6 @@ schedule follows the clock, and a rerun is as long but not identical.
 
 import dataclasses
 import logging
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,13 @@ class _Pretraining:
     """One try at the stage: set up, train from the newest checkpoint, evaluate, save."""
 
     def __init__(self, arguments: PretrainArguments, accelerator: Any, dataset: Any, run: StageRun, started: float):
+        from hf_scratch_gpt.evaluation.questions import pick_texts
         from hf_scratch_gpt.pretraining import setup
 
         self.arguments, self.accelerator, self.dataset = arguments, accelerator, dataset
         self.run, self.started = run, started
-        self.documents = choose_documents(dataset.heldout, arguments.evaluation_bytes, arguments.seed)
+        documents = [text for text in dataset.heldout if text]
+        self.documents = pick_texts(documents, arguments.evaluation_bytes, arguments.seed)
         if not self.documents:
             logger.warning("%s: there is no held-out text, so bits per byte are not measured", dataset.folder)
         self.model = setup.make_model(arguments, dataset).to(accelerator.device)
@@ -240,17 +241,3 @@ class _Pretraining:
             "optimizer": self.arguments.optimizer,
             "processes": self.accelerator.num_processes,
         }
-
-
-def choose_documents(documents: list[str], limit_bytes: int, seed: int) -> list[str]:
-    """All non-empty documents, or a random choice that ends with the first one to reach `limit_bytes` (UTF-8)."""
-    documents = [text for text in documents if text]
-    if not limit_bytes:
-        return documents
-    chosen, size = [], 0
-    for index in random.Random(seed).sample(range(len(documents)), len(documents)):
-        if size >= limit_bytes:
-            break
-        chosen.append(documents[index])
-        size += len(documents[index].encode("utf-8"))
-    return chosen

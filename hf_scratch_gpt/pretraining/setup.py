@@ -170,7 +170,9 @@ def end_token_ids(tokenizer: Any) -> list[int]:
 def make_model(arguments: PretrainArguments, dataset: Dataset) -> Any:
     """A freshly initialised model in fp32, the same for the same seed, with its generation config."""
     from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # saving would show one of its own
     config = make_config(arguments, dataset)
     set_seed(arguments.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

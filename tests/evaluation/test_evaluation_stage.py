@@ -154,6 +154,10 @@ def test_choices_are_functions_of_the_seed_and_keep_the_order():
     assert pick(items, 0, 1) == items
     assert pick_texts(["aaaa", "bbbb"], 4, 0) in (["aaaa"], ["bbbb"])
     assert len(pick_texts(["a" * 99], 4, 0)) == 1
+    texts = ["a" * 10, "b" * 10, "c" * 10]
+    assert pick_texts(texts, 0, 0) == texts
+    assert len(pick_texts(texts, 25, 0)) == 2
+    assert pick_texts(texts, 25, 0) == pick_texts(texts, 25, 0)
 
 
 def test_answers_are_filled_in_for_other_data():
