@@ -3,9 +3,12 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 # The stages in the order of the road: a module with `Arguments` (a dataclass) and `run(arguments) -> Path`.
 STAGES = {
@@ -75,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    termination = _interrupt_on_termination()
     try:
         status = _dispatch(arguments[0] if arguments else "--help", arguments[1:])
         sys.stdout.flush()
@@ -87,6 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         return _report(error, debug)
+    finally:
+        if termination is not None:
+            signal.signal(signal.SIGTERM, termination)
+
+
+def _interrupt_on_termination() -> Any:
+    """Let SIGTERM end a run as Ctrl-C does where no stage handles it; returns the handler to put back, if any."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return None
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, interrupt)
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging as transformers_logging
 
 import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 from hf_scratch_gpt.evaluation.generation import end_token_ids, suppressed_token_ids
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
 from hf_scratch_gpt.runs import read_metrics
 from hf_scratch_gpt.runs.folder import METRICS
+from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, loading
 
 # The stages that make a model to talk to, the most aligned first.
 TALKING_STAGES = ("ppo", "dpo", "sft", "pretrain")
@@ -232,13 +232,9 @@ def load_chat_model(source: str, trust_remote_code: bool = False) -> ChatModel:
         ValueError: if it is not a language model, lacks weights, needs remote code that is not allowed, or its
             tokenizer is not a fast one.
     """
-    from safetensors import SafetensorError
-
     _check_is_language_model(source, trust_remote_code)
     has_gpu = torch.cuda.is_available()
-    had_progress_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with loading(source, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if has_gpu else torch.float32,
@@ -246,16 +242,12 @@ def load_chat_model(source: str, trust_remote_code: bool = False) -> ChatModel:
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except SafetensorError as error:
-        raise ValueError(f"{source}: its weights are damaged ({error})") from error
-    finally:
-        if had_progress_bar:
-            transformers_logging.enable_progress_bar()
-    if info["missing_keys"]:
-        raise ValueError(f"{source}: lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, …")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    check_whole(source, info)
+    with loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"{source}: has no fast tokenizer (tokenizer.json), which safe encoding of messages needs")
+    check_tokens_fit(source, model, tokenizer)
     return ChatModel(model.to("cuda" if has_gpu else "cpu").eval(), tokenizer, source)
 
 
@@ -265,12 +257,8 @@ def _check_is_language_model(source: str, trust_remote_code: bool) -> None:
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         return  # an adapter
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        if Path(source).is_dir():
-            raise
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{source}: no such folder, and no such model on the Hub ({reason})") from error
+        with loading(source, "config"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -30,6 +30,7 @@ from hf_scratch_gpt.data.shards import (
 )
 from hf_scratch_gpt.data.sources import PYTHON_DOCS
 from hf_scratch_gpt.runs import StageRun, read_metrics, write_json
+from hf_scratch_gpt.runs.loading import loading
 
 HELDOUT = "heldout.jsonl"
 # The general compressors are measured on no more than this: xz takes seconds a megabyte.
@@ -71,7 +72,8 @@ def load_tokenizer(folder: str) -> Any:
         )
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer here (no tokenizer.json); run the stage 'tokenizer' first")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
     return tokenizer

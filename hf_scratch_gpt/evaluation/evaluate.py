@@ -31,16 +31,18 @@ def run(arguments: EvaluateArguments) -> Path:
         from hf_scratch_gpt.evaluation.comparison import summarise
         from hf_scratch_gpt.evaluation.material import load_material
         from hf_scratch_gpt.evaluation.measure import Measurer, measure_reward_model
+        from hf_scratch_gpt.evaluation.models import check_one_label
 
+        if arguments.reward_model:
+            check_one_label(arguments.reward_model)
         material = load_material(arguments)
         measurer = Measurer(arguments, material)
         records: dict[str, Any] = {}
-        bar = progress_bar("evaluate", len(arguments.models))
-        for step, (name, folder) in enumerate(zip(arguments.model_names, arguments.models, strict=True), start=1):
-            bar.set_postfix({"model": name})
-            records[name] = _measure_once(run, measurer, step, name, folder)
-            bar.update()
-        bar.close()
+        with progress_bar("evaluate", len(arguments.models)) as bar:
+            for step, (name, folder) in enumerate(zip(arguments.model_names, arguments.models, strict=True), start=1):
+                bar.set_postfix({"model": name}, refresh=step > 1)
+                records[name] = _measure_once(run, measurer, step, name, folder)
+                bar.update()
         metrics = summarise(records, material.rows, arguments.reference if len(records) > 1 else None)
         metrics |= {"samples_per_prompt": arguments.samples_per_prompt, "temperature": arguments.temperature}
         if arguments.reward_model:

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, loading
+
 
 def load_model(folder: str, **settings: Any) -> tuple[Any, Any]:
     """The causal model of `folder` in fp32, on the GPU if there is one, and its tokenizer.
 
     Raises:
         FileNotFoundError: if `folder` looks like a path and holds no model.
+        OSError, ValueError: if it cannot be loaded, or model and tokenizer do not belong together.
     """
     from transformers import AutoModelForCausalLM
 
@@ -23,23 +26,43 @@ def load_reward_model(folder: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, tokenizer = _load(AutoModelForSequenceClassification, folder)
-    if model.config.num_labels != 1:
-        raise ValueError(f"{folder}: a reward model has one label, this one has {model.config.num_labels}")
-    return model, tokenizer
+    check_one_label(folder)
+    return _load(AutoModelForSequenceClassification, folder)
+
+
+def check_one_label(folder: str) -> None:
+    """Refuse what is no reward model by its config, before anything is measured.
+
+    Raises:
+        OSError, ValueError: if there is no model, or it has more than one label.
+    """
+    from transformers import AutoConfig
+
+    import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
+
+    require_folder(folder)
+    with loading(folder, "config"):
+        labels = AutoConfig.from_pretrained(folder).num_labels
+    if labels != 1:
+        raise ValueError(f"{folder}: a reward model has one label, this one has {labels}")
 
 
 def _load(auto_class: Any, folder: str, **settings: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
     import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 
     require_folder(folder)
-    transformers_logging.disable_progress_bar()  # a bar of its own for each file read
-    model = auto_class.from_pretrained(folder, dtype=torch.float32, **settings)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(folder)
+    with loading(folder, "model"):
+        model, info = auto_class.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+        )
+    check_whole(folder, info)
+    with loading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokens_fit(folder, model, tokenizer)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def require_folder(folder: str) -> None:
@@ -47,8 +70,11 @@ def require_folder(folder: str) -> None:
 
     Raises:
         FileNotFoundError: if it does not.
+        ValueError: if it is a file.
     """
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{folder}: expected a model folder, found a file")
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: holds no model (it has no config.json)")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or len(path.parts) != 2):

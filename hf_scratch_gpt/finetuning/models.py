@@ -1,15 +1,13 @@
 """Loading the model to tune, and writing the tuned one: merged, checked and complete."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
+from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, loading, quiet
 
 ADAPTER_FOLDER = "adapter"
 # Merging adds the low-rank update to the weight before instead of after the product: equal up to fp32 rounding, which
@@ -22,9 +20,11 @@ def check_model_source(source: str) -> None:
 
     Raises:
         FileNotFoundError: if it looks like a path and is missing.
-        ValueError: if the folder has no config.json.
+        ValueError: if it is a file, or a folder without config.json.
     """
     path = Path(source)
+    if path.is_file():
+        raise ValueError(f"{source}: expected a model folder, found a file")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{source}: not a model folder (it has no config.json)")
@@ -40,7 +40,8 @@ def load_tokenizer(source: str) -> Any:
             answers from the loss and from reward models.
     """
     check_model_source(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template is None:
         raise ValueError(f"{source}: its tokenizer has no chat template; conversations cannot be rendered")
     if tokenizer.eos_token_id is None:
@@ -50,26 +51,22 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars, and without its table of a head that the checkpoint does not have yet."""
-    level, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if had_bar:
-            transformers_logging.enable_progress_bar()
-
-
 def load_model(auto_class: Any, source: str, tokenizer: Any = None, **options: Any) -> Any:
-    """`auto_class.from_pretrained(source)` in fp32 on the CPU, aligned with `tokenizer`; remote code stays off."""
+    """`auto_class.from_pretrained(source)` in fp32 on the CPU, aligned with `tokenizer`; remote code stays off.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, lacks weights (a classifier's head may be new), or has fewer
+            embeddings than the tokenizer has tokens.
+    """
     check_model_source(source)
-    with _quiet():
-        model = auto_class.from_pretrained(source, dtype=torch.float32, **options)
+    with loading(source, "model"):
+        model, info = auto_class.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    head_may_be_new = auto_class is AutoModelForSequenceClassification
+    check_whole(source, info, lambda name: head_may_be_new and not name.startswith(f"{model.base_model_prefix}."))
     if tokenizer is not None:
+        check_tokens_fit(source, model, tokenizer)
         align_tokens(model, tokenizer)
     return model
 
@@ -77,7 +74,7 @@ def load_model(auto_class: Any, source: str, tokenizer: Any = None, **options: A
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write a plain model with its tokenizer, and a generation config that knows the tokenizer's end tokens."""
     align_tokens(model, tokenizer)
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation_config_for(tokenizer).save_pretrained(folder)
@@ -90,7 +87,8 @@ def context_length(source: str, asked: int | None) -> int:
         ValueError: if `max_length` exceeds the context.
     """
     check_model_source(source)
-    context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    with loading(source, "config"):
+        context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
     if asked is None:
         if context is None:
             raise ValueError(f"{source}: its config names no max_position_embeddings; set max_length")

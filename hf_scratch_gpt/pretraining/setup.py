@@ -14,6 +14,7 @@ from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overri
 from hf_scratch_gpt.runs import read_json
 from hf_scratch_gpt.runs.arguments import check_trackers
 from hf_scratch_gpt.runs.hardware import has_fast_bf16
+from hf_scratch_gpt.runs.loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def load_dataset(folder: str | Path, context_length: int) -> Dataset:
             f"{folder}: the training text has {tokens} tokens, fewer than one window of {context_length}; "
             "add text or lower 'context_length'"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) != manifest["vocab_size"]:
         raise ValueError(
             f"{folder}: the shards were made with {manifest['vocab_size']} tokens, its tokenizer has "

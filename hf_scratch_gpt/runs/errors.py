@@ -1,26 +1,52 @@
 """Turns what a user can cause into one line that names the culprit."""
 
 import errno
+import os
+from collections.abc import Iterator
 
 _FULL_DISK_TEXTS = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether `error` comes from a full disk: libraries wrap ENOSPC in errors of their own that keep only its text."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(text in str(seen) for text in _FULL_DISK_TEXTS):
+        if any(text in str(cause) for text in _FULL_DISK_TEXTS):
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on; each once, since `raise error from error` makes a ring."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and all(cause is not other for other in seen):
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+
+def _file_of(error: BaseException) -> str | None:
+    """The file that an error or one of its causes names."""
+    names = (cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename)
+    return next((str(name) for name in names), None)
+
+
+def name_full_disk(error: BaseException, place: object) -> None:
+    """Raise a full disk that names no file, as a write to an open one does, anew with the `place` of the writing.
+
+    Raises:
+        OSError: with the file name `place`, if `error` is such a one.
+    """
+    if is_full_disk(error) and _file_of(error) is None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
 
 
 def explain(error: BaseException) -> str | None:
     """One line for a user's mistake or a full disk; `None` for a defect of ours, which deserves its traceback."""
     if is_full_disk(error):
-        name = getattr(error, "filename", None)
+        name = _file_of(error)
         where = f" while writing {name}" if name else ""
         return f"the disk is full{where}; free some space and run the same command again: finished work is kept"
     if isinstance(error, OSError) and error.strerror and error.filename:

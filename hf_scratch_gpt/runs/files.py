@@ -38,8 +38,10 @@ def write_text(path: str | Path, text: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write names no file, and the temporary one tells nothing
         raise
     _flush(path.parent)
     return path

@@ -10,6 +10,7 @@
 `metrics.json` holds the run's id, its fingerprint (settings and inputs) and those of its inputs: the lineage.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -25,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from hf_scratch_gpt.runs.arguments import VOLATILE_FIELDS, given_settings
+from hf_scratch_gpt.runs.errors import name_full_disk
 from hf_scratch_gpt.runs.files import read_json, remove_folder, remove_temporaries, write_json, write_text
 from hf_scratch_gpt.runs.hardware import describe_environment, peak_rss_bytes, rank_and_world_size
 
@@ -190,12 +192,15 @@ class StageRun:
 
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder}: expected a folder to write to, found a file; choose another output_dir")
-        self._home.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._home.parent / f".{self._home.name}.lock")
         try:
+            self._home.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
+        except OSError as error:
+            self._tell_unwritable(error)
+            raise
         self._lock = lock
         self._remove_traces_of_a_kill()
         self._inputs = describe_inputs(self.arguments)
@@ -206,7 +211,39 @@ class StageRun:
                 self._remove_leftovers()
                 return
             self._set_aside()
-        self._begin(identity)
+        elif self._take_back(identity):
+            self.finished = True
+            return
+        try:
+            self._begin(identity)
+        except OSError as error:
+            self._tell_unwritable(error)
+            raise
+
+    def _tell_unwritable(self, error: OSError) -> None:
+        """Raise what the system says of the folder anew, as a line that names it."""
+        reasons = {
+            errno.EACCES: "may not be written",
+            errno.EPERM: "may not be written",
+            errno.EROFS: "is on a read-only disk",
+            errno.EEXIST: f"{error.filename} is a file, not a folder",
+            errno.ENOTDIR: f"{error.filename} is below a file, not a folder",
+        }
+        if error.errno in reasons:
+            raise OSError(f"{self.folder}: {reasons[error.errno]}; choose another output_dir") from error
+
+    def _take_back(self, identity: str) -> bool:
+        """Whether `<folder>.old` is this very run, set aside by a try with other settings that did not finish."""
+        old = self._home.with_name(self._home.name + ".old")
+        if not (old / METRICS).is_file() or read_metrics(old).get("fingerprint") != identity:
+            return False
+        if self.folder.is_dir():
+            if not (self.folder / STATE).is_file() and any(self.folder.iterdir()):
+                return False  # `_begin` refuses it
+            remove_folder(self.folder)
+        os.replace(old, self.folder)
+        logger.warning("%s: taken back from %s, which is this run", self.folder, old)
+        return True
 
     def _remove_traces_of_a_kill(self) -> None:
         remove_temporaries(self._home.parent, f".{glob.escape(self._home.name)}.removed.tmp")
@@ -331,3 +368,5 @@ class StageRun:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is not None:
             self._lock.release()
+        if error is not None:
+            name_full_disk(error, self.folder)

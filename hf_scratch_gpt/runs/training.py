@@ -1,6 +1,7 @@
 """What each transformers `Trainer` of ours shares: the curve, one progress bar, verified checkpoints, signals."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from hf_scratch_gpt.runs.signals import Interrupted, StopRequest
 
 
 def progress_bar(stage: str, total: int, done: int = 0) -> Any:
-    """The one progress bar: stage, steps, time left, and whatever `set_postfix` is given (loss, tokens/s)."""
-    return tqdm(total=total, initial=done, desc=f"{stage:9}", unit="step", dynamic_ncols=True, mininterval=0.5)
+    """The one progress bar: stage, steps, time left, and whatever `set_postfix` is given (loss, tokens/s).
+
+    It shows only after a moment, so that a mistake in the input is the one line that a user sees.
+    """
+    return tqdm(
+        total=total, initial=done, desc=f"{stage:9}", unit="step", dynamic_ncols=True, mininterval=0.5, delay=0.5
+    )
 
 
 class RunCallback(TrainerCallback):
@@ -67,7 +73,8 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
+        """End the bar's line, after an error too: what comes next begins a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
@@ -87,8 +94,8 @@ def train(trainer: Any, run: StageRun) -> Any:
     checkpoint = newest_checkpoint(run.checkpoints) if run.resumed and run.is_main else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     run.truncate_curve(step_of(checkpoint) if checkpoint else 0)
-    with StopRequest() as stop:
-        trainer.add_callback(RunCallback(run, stop))
+    with StopRequest() as stop, closing(RunCallback(run, stop)) as callback:
+        trainer.add_callback(callback)
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"{run.folder}: stopped by {stop.requested} at step {trainer.state.global_step}")

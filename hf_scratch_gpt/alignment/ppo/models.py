@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+from hf_scratch_gpt.runs.loading import loading
+
 VALUE_FOLDER = "value_model"
 
 
@@ -178,7 +180,8 @@ def load_policy_model(model: Any, peft_config: Any) -> Any:
     if isinstance(model, str | Path):
         import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
 
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with loading(model, "model"):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if peft_config is not None and not is_peft(model):
         from peft import get_peft_model
 

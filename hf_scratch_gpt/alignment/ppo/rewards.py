@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_scratch_gpt.alignment.ppo.generation import position_ids_of
 from hf_scratch_gpt.alignment.ppo.prompts import Prompt, context_length, left_pad, template_tail
+from hf_scratch_gpt.runs.loading import check_whole, loading
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -75,8 +76,7 @@ class ModelReward:
         self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
         self.source, self.name = source, Path(source).name
         config: Any = model.config
-        if config.num_labels != 1:
-            raise ValueError(f"reward model {source}: has {config.num_labels} labels, expected 1 (num_labels=1)")
+        check_one_label(config, source)
         self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
@@ -185,12 +185,30 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
+def check_one_label(config: Any, source: str) -> None:
+    """Refuse a classifier that does not give one score.
+
+    Raises:
+        ValueError: naming it and its number of labels.
+    """
+    if config.num_labels != 1:
+        raise ValueError(f"reward model {source}: has {config.num_labels} labels, expected 1 (num_labels=1)")
+
+
 def _load_classifier(folder: str, tokenizer: Any) -> torch.nn.Module:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
 
-    check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    with loading(folder, "tokenizer"):
+        its_tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_same_tokenizer(tokenizer, its_tokenizer, folder)
+    with loading(folder, "config"):
+        check_one_label(AutoConfig.from_pretrained(folder), folder)
+    with loading(folder, "model"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    check_whole(folder, info)
     _check_vocabulary(model, tokenizer, folder)
     return model

@@ -105,7 +105,9 @@ class PPOTrainer(Trainer):
         self.end_ids = find_end_ids(policy, tokenizer, args.end_token_ids)
         self.suppressed_ids = find_suppressed_ids(policy, tokenizer, self.end_ids)
         self.longest_prompt = longest_prompt(policy, args.max_length, args.max_new_tokens)
-        self.prompts = read_prompts(train_dataset, tokenizer, self.longest_prompt)
+        self.prompts = read_prompts(
+            train_dataset, tokenizer, self.longest_prompt, getattr(args, "dataset", None) or "train_dataset"
+        )
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = read_prompts(eval_dataset, tokenizer, self.longest_prompt, "eval_dataset")
