@@ -40,7 +40,7 @@ def run(arguments: EvaluateArguments) -> Path:
         records: dict[str, Any] = {}
         with progress_bar("evaluate", len(arguments.models)) as bar:
             for step, (name, folder) in enumerate(zip(arguments.model_names, arguments.models, strict=True), start=1):
-                bar.set_postfix({"model": name}, refresh=step > 1)
+                bar.set_postfix({"model": name})
                 records[name] = _measure_once(run, measurer, step, name, folder)
                 bar.update()
         metrics = summarise(records, material.rows, arguments.reference if len(records) > 1 else None)

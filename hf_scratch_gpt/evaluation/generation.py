@@ -50,6 +50,11 @@ def suppressed_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted((special | set(beyond)) - set(end_token_ids(model, tokenizer)))
 
 
+def _beginning(prompt: Sequence[dict[str, Any]], length: int = 40) -> str:
+    text = str(prompt[-1]["content"])
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
 def encode_prompts(
     tokenizer: Any, prompts: Sequence[Sequence[dict[str, Any]]], max_new_tokens: int, context_length: int | None
 ) -> list[list[int]]:
@@ -63,8 +68,9 @@ def encode_prompts(
         token_ids = list(encode_conversation(tokenizer, list(prompt), add_generation_prompt=True)["input_ids"])
         if context_length is not None and len(token_ids) + max_new_tokens > context_length:
             raise ValueError(
-                f"prompt {index}: {len(token_ids)} tokens and an answer of up to {max_new_tokens} do not fit into the "
-                f"model's context of {context_length} tokens; shorten the prompt or lower max_new_tokens"
+                f"prompt {index} ({_beginning(prompt)}): {len(token_ids)} tokens and an answer of up to "
+                f"{max_new_tokens} do not fit into the model's context of {context_length} tokens; shorten the prompt "
+                "or lower max_new_tokens"
             )
         encoded.append(token_ids)
     return encoded

@@ -4,7 +4,14 @@ import errno
 import os
 from collections.abc import Iterator
 
-_FULL_DISK_TEXTS = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
+_FULL_DISK_TEXTS = (
+    "No space left on device",
+    "os error 28",
+    # What torch.save says instead, which may leave out why a write failed.
+    "PytorchStreamWriter failed writing",
+    "basic_ios::clear: iostream error",
+    ". unexpected pos ",
+)
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -15,12 +15,24 @@ from hf_scratch_gpt.runs.folder import StageRun
 from hf_scratch_gpt.runs.signals import Interrupted, StopRequest
 
 
+class ProgressBar(tqdm):
+    """tqdm's, whose `delay` holds for `set_postfix` too, and whose line ends if it was ever shown."""
+
+    def refresh(self, *args: Any, **options: Any) -> Any:
+        """Show the bar now, unless it is too early."""
+        now = self._time()
+        if now < self.start_t + self.delay:
+            return None
+        self.last_print_t = now  # `close` leaves the line open where it believes that nothing was shown
+        return super().refresh(*args, **options)
+
+
 def progress_bar(stage: str, total: int, done: int = 0) -> Any:
     """The one progress bar: stage, steps, time left, and whatever `set_postfix` is given (loss, tokens/s).
 
     It shows only after a moment, so that a mistake in the input is the one line that a user sees.
     """
-    return tqdm(
+    return ProgressBar(
         total=total, initial=done, desc=f"{stage:9}", unit="step", dynamic_ncols=True, mininterval=0.5, delay=0.5
     )
 

@@ -84,7 +84,7 @@ def test_control_tokens_are_never_generated_but_the_end_token_is(new_model, tiny
 
 def test_a_prompt_that_does_not_fit_is_named(tiny_model, tiny_tokenizer):
     prompts = [PROMPTS[0], [{"role": "user", "content": "x" * 100}]]
-    with pytest.raises(ValueError, match=r"prompt 1: \d+ tokens .* up to 20 .* context of 128 tokens"):
+    with pytest.raises(ValueError, match=r"prompt 1 \('x+\.\.\.'\): \d+ tokens .* up to 20 .* context of 128 tokens"):
         generate_answers(tiny_model, tiny_tokenizer, prompts, max_new_tokens=20)
 
 
