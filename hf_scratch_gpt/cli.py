@@ -86,10 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough; what is buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("scratch-gpt: interrupted; the same command continues it", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
         return _report(error, debug)
     finally:
         if termination is not None:
@@ -108,11 +105,14 @@ def _interrupt_on_termination() -> Any:
     return signal.signal(signal.SIGTERM, interrupt)
 
 
-def _report(error: Exception, debug: bool) -> int:
-    from hf_scratch_gpt.runs.errors import explain
+def _report(error: BaseException, debug: bool) -> int:
+    from hf_scratch_gpt.runs.errors import explain, is_interrupt
     from hf_scratch_gpt.runs.folder import MainProcessFailed
     from hf_scratch_gpt.runs.signals import Interrupted
 
+    if is_interrupt(error):
+        print("scratch-gpt: interrupted; the same command continues it", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if isinstance(error, MainProcessFailed):
         return EXIT_USER_ERROR
     if isinstance(error, Interrupted):

@@ -282,12 +282,27 @@ def test_a_full_disk_is_told_and_the_same_command_completes_when_there_is_space(
     assert (small_disk / stage / "metrics.json").is_file()
 
 
-def test_a_termination_outside_of_training_is_status_75(home):
-    code = (
-        "import os, signal, sys; from hf_scratch_gpt import cli\n"
-        "cli._dispatch = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(cli.main(['tokenizer']))"
-    )
+TERMINATED = """
+import os, signal, sys
+from hf_scratch_gpt import cli
+
+def dispatch(*_):
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except KeyboardInterrupt as error:
+        if {wrapped}:  # as dataclasses do in an import
+            raise RuntimeError("Error calling __set_name__") from error
+        raise
+
+cli._dispatch = dispatch
+sys.exit(cli.main(["tokenizer"]))
+"""
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_outside_of_training_is_status_75(name, wrapped):
+    code = TERMINATED.format(name=name, wrapped=wrapped)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
     assert done.stderr == "scratch-gpt: interrupted; the same command continues it\n"

@@ -34,6 +34,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether `error` began as Ctrl-C: code that runs during an import or in a descriptor wraps what passes."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+
+
 def _file_of(error: BaseException) -> str | None:
     """The file that an error or one of its causes names."""
     names = (cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename)
