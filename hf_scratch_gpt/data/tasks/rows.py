@@ -27,7 +27,7 @@ def write_tasks(
     seed: int = 42,
     train_rows: int = 20_000,
     heldout_rows: int = 1_000,
-    train_pairs: int = 5_000,
+    train_pairs: int = 10_000,
     heldout_pairs: int = 800,
 ) -> dict[str, dict[str, int]]:
     """Write the embedded question set and its preference pairs, made from the running interpreter's standard library.
