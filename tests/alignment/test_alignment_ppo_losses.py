@@ -117,3 +117,9 @@ def test_a_response_without_end_never_scores_above_the_missing_end_score():
 
 def test_mean_of_an_empty_mask_is_zero():
     assert losses.masked_mean(tensor([1.0, math.pi]), torch.zeros(2)) == 0.0
+
+
+def test_leave_one_out_takes_off_the_mean_of_the_other_responses_to_the_prompt():
+    scores = torch.tensor([1.0, 2.0, 6.0, 10.0, 10.0, 10.0])
+    assert losses.leave_one_out(scores, 3).tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0]
+    assert losses.leave_one_out(scores, 1) is scores

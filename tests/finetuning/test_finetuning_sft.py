@@ -226,7 +226,7 @@ def test_killed_for_real_and_run_again_it_gives_the_very_same_weights(base, data
     process = subprocess.Popen(
         [sys.executable, "-m", "hf_scratch_gpt", "sft", str(recipe)], stderr=subprocess.DEVNULL, cwd=tmp_path
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 270
     while not list(folder.glob("checkpoints/checkpoint-*/manifest.json")) and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.005)

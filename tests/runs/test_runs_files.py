@@ -49,7 +49,7 @@ def start(script, *arguments):
 
 
 def kill_soon_after(process, exists, generator):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(generator.uniform(0, 0.05))

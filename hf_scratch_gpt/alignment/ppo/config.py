@@ -19,6 +19,10 @@ class PPOConfig(TrainingArguments):
     Parameters:
         rollout_batch_size (`int`, *optional*, defaults to `256`):
             Episodes sampled at a time, over all processes; a multiple of the minibatch.
+        responses_per_prompt (`int`, *optional*, defaults to `1`):
+            Responses sampled to each prompt of a rollout. Above 1 the mean score of a prompt's other responses is
+            taken off a response's score, so that how hard a prompt is tells nothing (leave-one-out baseline of
+            Kool et al. 2019 and Ahmadian et al. 2024, arXiv 2402.14740).
         num_ppo_epochs (`int`, *optional*, defaults to `4`):
             Passes over the episodes of a rollout.
         total_episodes (`int`, *optional*):
@@ -67,6 +71,7 @@ class PPOConfig(TrainingArguments):
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1 to go by epochs or total_episodes."})
 
     rollout_batch_size: int = field(default=256, metadata={"help": "Episodes sampled at a time, over all processes."})
+    responses_per_prompt: int = field(default=1, metadata={"help": "Responses sampled to each prompt of a rollout."})
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of a rollout."})
     total_episodes: int | None = field(default=None, metadata={"help": "Episodes in all; sets max_steps."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest response in tokens."})
@@ -102,6 +107,11 @@ class PPOConfig(TrainingArguments):
                 f"{self.minibatch_size} episodes (per_device_train_batch_size x gradient_accumulation_steps x "
                 "processes)"
             )
+        if self.rollout_batch_size % (self.responses_per_prompt * self.world_size):
+            raise ValueError(
+                f"'rollout_batch_size' is {self.rollout_batch_size}, not a multiple of 'responses_per_prompt' "
+                f"({self.responses_per_prompt}) times {self.world_size} processes"
+            )
         if self.total_episodes is not None:
             if self.max_steps > 0:
                 raise ValueError("'total_episodes' and 'max_steps' both say how long to train; give one of them")
@@ -110,7 +120,10 @@ class PPOConfig(TrainingArguments):
     def _check_ranges(self) -> None:
         if self.critic not in CRITICS:
             raise ValueError(f"'critic' is {self.critic!r}, expected one of {', '.join(CRITICS)}")
-        for name in ("rollout_batch_size", "num_ppo_epochs", "max_new_tokens", "temperature", "kl_horizon"):
+        for name in (
+            "rollout_batch_size", "responses_per_prompt", "num_ppo_epochs",
+            "max_new_tokens", "temperature", "kl_horizon",
+        ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected more than 0")
         for name in ("total_episodes", "kl_target", "max_length"):

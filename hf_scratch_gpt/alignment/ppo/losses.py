@@ -96,6 +96,19 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     return rewards.index_put((torch.arange(len(scores), device=last.device), last), scores, accumulate=True)
 
 
+def leave_one_out(scores: Tensor, responses_per_prompt: int) -> Tensor:
+    """Scores (B) less the mean of the other responses to the same prompt, which stand in a row (arXiv 2402.14740).
+
+    The baseline of a response does not depend on it, so the policy gradient stays unbiased. For one response a prompt
+    the scores are returned as they are.
+    """
+    if responses_per_prompt == 1:
+        return scores
+    groups = scores.reshape(-1, responses_per_prompt)
+    others = (groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)
+    return (groups - others).reshape(-1)
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns) over the mask: 1 is a perfect critic; 0 if the returns do not vary."""
     chosen = mask.bool()

@@ -40,13 +40,15 @@ class Schedule:
     @property
     def micro_steps_per_epoch(self) -> int:
         """Micro-batches of an epoch: each prompt in one rollout, as far as whole rollouts go."""
-        rollouts = max(1, self.prompts // self.args.rollout_batch_size)
+        rollouts = max(1, self.prompts * self.args.responses_per_prompt // self.args.rollout_batch_size)
         return rollouts * self.args.steps_per_rollout * self.args.gradient_accumulation_steps
 
     def rollout_prompts(self, rollout_index: int) -> list[int]:
-        """The prompts of this process's share of a rollout."""
-        size = self.args.rollout_batch_size
-        order = prompt_order(self.prompts, rollout_index * size, size, self.args.seed)
+        """The prompts of this process's share of a rollout, each `responses_per_prompt` times in a row."""
+        repeats = self.args.responses_per_prompt
+        size = self.args.rollout_batch_size // repeats
+        distinct = prompt_order(self.prompts, rollout_index * size, size, self.args.seed)
+        order = [place for place in distinct for _ in range(repeats)]
         return order[self.args.process_index * self.episodes :][: self.episodes]
 
     def sampling_seed(self, rollout_index: int) -> int:

@@ -182,7 +182,8 @@ class PPOTrainer(Trainer):
         rollout, ref_log_probs, entropy = self._evaluate_policy(episodes)
         mask = rollout.mask
         kl = losses.kl_k1(rollout.log_probs, ref_log_probs) * mask
-        rewards = losses.token_rewards(episodes.scores.to(mask.device), kl, mask, self.kl_coef)
+        scores = losses.leave_one_out(episodes.scores, self.args.responses_per_prompt)
+        rewards = losses.token_rewards(scores.to(mask.device), kl, mask, self.kl_coef)
         if self.args.whiten_rewards:
             rewards = losses.masked_whiten(rewards, mask, False, self._sum_over_processes)
         advantages, rollout.returns = losses.generalised_advantages(

@@ -1,7 +1,8 @@
 """Preference pairs: the true answer against one that is wrong but plausible, spoilt in copying, or badly formed.
 
-The three kinds are what a tuned model of this size really produces at temperature 1: it reads the wrong line, it
-copies with one word changed, or it stops early, repeats itself or does not stop.
+The four kinds are what a tuned model of this size really produces at temperature 1: it reads the wrong line, it copies
+with one word changed, it slips inside a word, or it stops early, repeats itself or does not stop. A reward model that
+never saw slips preferred them: the best of six sampled answers by its score was worse than a random one.
 """
 
 import re
@@ -10,7 +11,7 @@ from random import Random
 from hf_scratch_gpt.data.tasks.checker import normalise
 from hf_scratch_gpt.data.tasks.families import Pool, Question
 
-SHARES = {"plausible": 0.55, "spoilt": 0.2, "malformed": 0.25}
+SHARES = {"plausible": 0.35, "spoilt": 0.2, "slip": 0.3, "malformed": 0.15}
 
 
 class RejectedAnswers:
@@ -37,7 +38,7 @@ class RejectedAnswers:
     def _candidates(self, question: Question, kind: str) -> list[str]:
         if kind == "plausible":  # the first is the one that the question itself suggests
             return list(question.wrong[: self.random.choice((1, 3))])
-        make = self._spoilt if kind == "spoilt" else self._malformed
+        make = {"spoilt": self._spoilt, "slip": self._slip, "malformed": self._malformed}[kind]
         return [make(question.answer) for _ in range(3)]
 
     def _spoilt(self, answer: str) -> str:
@@ -60,6 +61,15 @@ class RejectedAnswers:
             between = answer[word.end() : following.start()]
             return before + following.group() + between + word.group() + answer[following.end() :]
         return before + self._another_word(word.group()) + after
+
+    def _slip(self, answer: str) -> str:
+        """A few characters of the answer replaced by a piece of another word, as when one token is sampled badly."""
+        at = self.random.randrange(len(answer))
+        end = min(len(answer), at + self.random.randint(0, 6))
+        word = self._another_word(answer[at:end] if answer[at:end].isalpha() else "value")
+        start = self.random.randrange(len(word))
+        piece = word[start : start + self.random.randint(1, 6)]
+        return " ".join((answer[:at] + piece + answer[end:]).split())
 
     def _another_word(self, word: str) -> str:
         if word.isdigit():
