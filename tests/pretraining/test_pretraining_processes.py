@@ -39,7 +39,7 @@ def start(recipe, *, launcher="hf_scratch_gpt", **environment):
     )
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
