@@ -21,6 +21,7 @@ from hf_scratch_gpt.runs import parse_arguments, read_metrics
 from hf_scratch_gpt.runs.arguments import nearest, read_recipe
 from hf_scratch_gpt.runs.files import shipped_folder
 from hf_scratch_gpt.runs.folder import METRICS
+from hf_scratch_gpt.runs.hardware import release_freed_memory
 
 # The settings that a budget stretches or shrinks, and the minutes that the recipes as written aim at on two cores.
 SCALED_SETTINGS = ("max_minutes", "max_steps")
@@ -131,6 +132,7 @@ def run_stages(plans: Sequence[StagePlan]) -> float:
         # Parsed again, because transformers' settings hold on to the global state that was just reset.
         module, arguments = _parse_plan(plan)
         folder = module.run(arguments)
+        release_freed_memory()
         metrics, spent = read_metrics(folder), time.monotonic() - start
         earlier += max(0.0, metrics["seconds"] - spent)
         note = "is up to date" if metrics["run_id"] == before else f"done in {metrics['seconds']:.0f} s"

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_scratch_gpt.runs.checkpoints import newest_checkpoint, step_of, write_manifest
 from hf_scratch_gpt.runs.folder import StageRun
+from hf_scratch_gpt.runs.hardware import release_freed_memory
 from hf_scratch_gpt.runs.signals import Interrupted, StopRequest
 
 
@@ -37,6 +38,9 @@ def progress_bar(stage: str, total: int, done: int = 0) -> Any:
     )
 
 
+_STEPS_BETWEEN_RELEASES = 50
+
+
 class RunCallback(TrainerCallback):
     """Ties a `Trainer` to a `StageRun`: curve, progress bar, a manifest for each checkpoint, stop on a signal."""
 
@@ -51,6 +55,8 @@ class RunCallback(TrainerCallback):
         self._mark = (time.monotonic(), float(state.num_input_tokens_seen))
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % _STEPS_BETWEEN_RELEASES == 0:
+            release_freed_memory()
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if self._any_rank_stops():
