@@ -5,6 +5,7 @@ This file travels to the Hub beside the weights, so it imports nothing but trans
 
 import difflib
 import importlib
+import itertools
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -76,7 +77,7 @@ class ScratchGPTConfig(PreTrainedConfig):
             Cap logits smoothly: `cap * tanh(logits / cap)` (https://arxiv.org/abs/2408.00118).
         initializer_range (`float`, *optional*, defaults to `0.02`):
             Standard deviation of initial weights; that of projections into the residual stream is divided by
-            sqrt(2 × layers), as in GPT-2.
+            sqrt(2 × layers), as in GPT-2, unless `norm_position="post"`.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Share the embedding with the output head.
 
@@ -189,6 +190,9 @@ class ScratchGPTConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "ScratchGPTConfig":
         """A named size of `hf_scratch_gpt.model.presets`, with any field overridden.
 
+        A preset's pattern of `layer_types` is repeated or cut to another `num_hidden_layers`, and dropped where
+        `sliding_window` is overridden by `None`.
+
         Raises:
             ValueError: if there is no such preset or field; the message names the nearest one.
             ImportError: if this file runs as remote code where the package is not installed.
@@ -203,7 +207,12 @@ class ScratchGPTConfig(PreTrainedConfig):
         for field in overrides:
             if field not in known:
                 raise ValueError(f"`{field}` is no field of ScratchGPTConfig{_nearest(field, known)}")
-        return cls(**{**presets[name], **overrides})
+        fields = {**presets[name], **overrides}
+        if "layer_types" in presets[name] and "layer_types" not in overrides:
+            dense = fields["sliding_window"] is None
+            pattern = itertools.cycle(fields["layer_types"])
+            fields["layer_types"] = None if dense else list(itertools.islice(pattern, fields["num_hidden_layers"]))
+        return cls(**fields)
 
 
 def _nearest(name, known):

@@ -275,9 +275,12 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights and zero biases; 1/sqrt(2 × layers) smaller into the residual stream (GPT-2, section 2.3)."""
+        """Normal weights and zero biases; 1/sqrt(2 × layers) smaller into the residual stream (GPT-2, section 2.3).
+
+        With norms after the sums nothing adds up along the depth: GPT-1 (section 4.1) draws all weights alike.
+        """
         super()._init_weights(module)
-        if getattr(module, "is_residual_projection", False):
+        if getattr(module, "is_residual_projection", False) and self.config.norm_position == "pre":
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
