@@ -65,7 +65,7 @@ class TrainingSetup:
         sequence_length (`int`): Tokens in each.
         bf16 (`bool`, *optional*, defaults to `True`): Under bf16 autocast, or all in fp32.
         optimizer (`"adamw"` or `"muon"`, *optional*, defaults to `"adamw"`): As `scratch-gpt pretrain` takes them.
-        checkpointing (`bool`, *optional*, defaults to `False`): Keep each layer's input only and compute the rest anew.
+        checkpointing (`bool`, *optional*, defaults to `False`): Keep only each layer's input, compute the rest anew.
         accumulates (`bool`, *optional*, defaults to `False`): Several forward passes in an optimizer step.
         packed (`bool`, *optional*, defaults to `False`): Documents that share a sequence are kept apart by a mask.
         device (`"cuda"` or `"cpu"`, *optional*, defaults to `"cuda"`): Dropout masks and kernels differ.
@@ -100,7 +100,7 @@ class TrainingSetup:
 def tensors_kept_by_activation(name: str) -> int:
     """How many tensors of its input's size autograd keeps from an activation to the end of the product it enters.
 
-    It is asked of autograd itself, on eight numbers: 2 for SiLU (input, output), 5 for GPT-2's GELU in elementary steps.
+    Autograd itself is asked, on eight numbers: 2 for SiLU (input, output), 5 for GPT-2's GELU in elementary steps.
     """
     import torch
     from transformers.activations import ACT2FN
@@ -174,8 +174,8 @@ def head_bytes(config: Any, setup: TrainingSetup) -> tuple[int, int]:
 
 
 def weight_copy_bytes(weights: int, setup: TrainingSetup) -> int:
-    """The bf16 copies of linear layers' weights that autocast makes, and autograd keeps."""
-    return _BF16 * weights if setup.bf16 else 0
+    """The bf16 copies of linear layers' weights that autocast makes, and autograd keeps; FSDP gathers bf16 instead."""
+    return _BF16 * weights if setup.bf16 and setup.sharding == "none" else 0
 
 
 def saved_bytes(config: Any, size: ModelSize, setup: TrainingSetup) -> int:
@@ -265,30 +265,26 @@ def training_moments(config: Any, size: ModelSize, setup: TrainingSetup) -> list
     kept_copies = head_copy if setup.checkpointing else copies
     body_copies = kept_copies - head_copy
 
-    def moment(name: str, gradients: int, activations: int, logits: int = 0, step: int = 0) -> Moment:
-        carried = size.parameters if setup.accumulates else gradients
-        return Moment(
-            name,
-            weights,
-            _FP32 * carried // share + gathered_gradients,
-            states + step,
-            embedding + activations,
-            logits,
-        )
+    def moment(name: str, done: int, flying: int, activations: int, logits: int = 0, step: int = 0) -> Moment:
+        """With the weights whose gradients are done, and those whose new ones wait to be added to others."""
+        held = (size.parameters if setup.accumulates else done) + (flying if share == 1 else 0)
+        gradients = _FP32 * held // share + gathered_gradients
+        return Moment(name, weights, gradients, states + step, embedding + activations, logits)
 
-    head_weights = size.head + (size.head if config.tie_word_embeddings else 0)  # tied: one more at the end
-    body = layers + body_copies + work + again
-    moments = [
-        moment("forward", 0, layers + copies + input_of_head, setup.compute_bytes * logits),
+    tied = config.tie_word_embeddings
+    waiting = size.head if tied else 0  # a tied head's gradient waits for the embedding's, as large again
+    lookup = size.head if not tied and setup.accumulates else waiting
+    in_head = layers + kept_copies + input_of_head
+    return [
+        moment("forward", 0, 0, layers + copies + input_of_head, setup.compute_bytes * logits),
         # The log-probabilities' gradient and the logits' are two more of their size.
-        moment("loss", 0, layers + kept_copies + input_of_head, loss + 2 * _FP32 * logits),
-        moment("head", size.head, layers + kept_copies + input_of_head + head_copy, setup.compute_bytes * logits),
-        moment("first layer", size.head, body),
-        moment("last layer", size.parameters - size.layer, one + work),
-        moment("embedding", size.parameters + head_weights - size.head, 0),
-        moment("step", size.parameters, 0, step=step_bytes(size, setup.optimizer) // share),
+        moment("loss", 0, 0, in_head, loss + 2 * _FP32 * logits),
+        moment("head", 0, size.head, in_head + head_copy, setup.compute_bytes * logits),
+        moment("first layer", size.head - waiting, waiting, layers + body_copies + work + again),
+        moment("last layer", size.parameters - size.layer - size.head, waiting, one + work),
+        moment("embedding", size.parameters, lookup, 0),
+        moment("step", size.parameters, 0, 0, step=step_bytes(size, setup.optimizer) // share),
     ]
-    return moments
 
 
 def _sharded(size: ModelSize, setup: TrainingSetup) -> tuple[int, int, int]:
@@ -297,7 +293,7 @@ def _sharded(size: ModelSize, setup: TrainingSetup) -> tuple[int, int, int]:
     if setup.sharding == "none":
         # DDP's buckets hold the gradients a second time (gradient_as_bucket_view is off by default).
         return everything, everything if setup.gpus > 1 else 0, 1
-    # Outside of the layers stand embedding, head and final norm; FSDP gathers them, and a layer ahead of the one in work.
+    # Outside of the layers stand embedding, head and norm; FSDP gathers them, and a layer ahead of the one in work.
     outside = size.parameters - sum(rows * columns * count for (rows, columns), count in size.hidden.items())
     largest = max(size.layer, outside)
     gathered = size.parameters if setup.sharding == "gradients" else outside + 2 * size.layer
