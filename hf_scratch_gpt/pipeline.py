@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hf_scratch_gpt.cli import STAGES
 from hf_scratch_gpt.runs import parse_arguments, read_metrics
 from hf_scratch_gpt.runs.arguments import nearest, read_recipe
+from hf_scratch_gpt.runs.command_line import CommandParser
 from hf_scratch_gpt.runs.files import shipped_folder
 from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import release_freed_memory
@@ -36,11 +37,6 @@ class StagePlan:
     recipe: Path
     flags: list[str]
     output_dir: Path
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}")
 
 
 def find_recipes(name: str) -> Path:
@@ -140,8 +136,8 @@ def run_stages(plans: Sequence[StagePlan]) -> float:
     return time.monotonic() - began + earlier
 
 
-def _make_parser(command: str) -> _Parser:
-    parser = _Parser(prog=f"scratch-gpt {command}", description=__doc__, allow_abbrev=False)
+def _make_parser(command: str) -> CommandParser:
+    parser = CommandParser(prog=f"scratch-gpt {command}", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if command == "run":
         parser.add_argument("recipes", help="recipe folder, by path or by name")

@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hf_scratch_gpt.runs.arguments import nearest
+from hf_scratch_gpt.runs.command_line import CommandParser
 from hf_scratch_gpt.runs.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -28,17 +29,11 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}")
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _make_parser() -> CommandParser:
+    parser = CommandParser(
         prog="scratch-gpt chat",
         description="Talk to a model in the terminal. In the conversation:\n\n" + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="a model folder, a quickstart's folder, or a Hub id")
     for name, meaning in (
@@ -55,16 +50,6 @@ def _make_parser() -> argparse.ArgumentParser:
         "--trust_remote_code", "--trust-remote-code", action="store_true", help="run a model's own code"
     )
     return parser
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _make_parser()
-    parsed, unread = parser.parse_known_args(list(arguments))
-    if unread:
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        word = unread[0].lstrip("-").split("=")[0]
-        raise ValueError(f"command line: unexpected '{unread[0]}'{nearest(word, known)}")
-    return parsed
 
 
 class Session:
@@ -232,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
         OSError: if there is no such folder or no model in it.
         ValueError: for a bad setting, a model that does not talk, or (with `--prompt`) a message that does not fit.
     """
-    parsed = _parse(arguments)
+    parsed = _make_parser().parse_args(list(arguments))
     _use_utf8(sys.stdin, sys.stdout, sys.stderr)
     session = _start(parsed)
     if parsed.seed is not None:

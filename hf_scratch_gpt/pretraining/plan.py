@@ -219,7 +219,9 @@ def plan_text(plan: dict[str, Any]) -> str:
     if setup["checkpointing"]:
         lines.append("  note            `scratch-gpt pretrain` itself has no checkpointing so far")
     if setup["device"] == "cpu":
-        lines.append("  note            what is in use; `scratch-gpt pretrain` keeps freed memory: a third more resident")
+        lines.append(
+            "  note            what is in use; `scratch-gpt pretrain` keeps freed memory: a third more resident"
+        )
     lines += [
         "",
         f"Inference in bf16: weights {_gib(inference['weights'])} GiB, keys and values of a sequence of "
