@@ -168,11 +168,8 @@ def make_plan(model: str, config: Any, request: Request, mfu: float, peak_tflops
         "batch_size": request.batch_size,
         "accumulation_steps": -(-request.batch_size // (request.gpus * setup.micro_batch)),
         "setup": dataclasses.asdict(setup),
-        "peak": {**dataclasses.asdict(peak), "total": peak.total},
-        "moments": {
-            moment.name: {**dataclasses.asdict(moment), "total": moment.total}
-            for moment in memory.training_moments(config, size, setup)
-        },
+        "peak": _parts(peak),
+        "moments": {moment.name: _parts(moment) for moment in memory.training_moments(config, size, setup)},
         "inference": {
             "weights": 2 * size.parameters,
             "cache_of_a_sequence": memory.cache_bytes(config, 1, request.sequence_length),
@@ -189,18 +186,44 @@ def make_plan(model: str, config: Any, request: Request, mfu: float, peak_tflops
     if not fits:
         free = dataclasses.replace(request, sharding=None, checkpointing=None)
         plan["devices_needed"] = devices_needed(config, size, free)
+        spread = dataclasses.replace(free, optimizer="adamw")
+        plan["devices_needed_with_adamw"] = devices_needed(config, size, spread)
     return plan
+
+
+def _parts(moment: Moment) -> dict[str, Any]:
+    return {**dataclasses.asdict(moment), "total": moment.total}
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """A plan as lines for the terminal."""
-    setup, peak, inference = plan["setup"], plan["peak"], plan["inference"]
+    inference, length = plan["inference"], plan["setup"]["sequence_length"]
+    lines = [
+        f"{plan['model']}: {plan['parameters']:,} parameters, {plan['layers']} layers, width {plan['hidden_size']:,}",
+        "",
+        *_training_lines(plan),
+        "",
+        f"Inference in bf16: weights {_gib(inference['weights'])} GiB, keys and values of a sequence of {length:,} "
+        f"tokens {_gib(inference['cache_of_a_sequence'])} GiB",
+        "",
+        f"Compute: {plan['flops_a_token']:.3g} FLOPs a token (6 x {plan['linear_weights']:,} weights + attention "
+        f"{plan['attention_flops_a_token']:.3g})",
+        f"  compute-optimal budget: {plan['compute_optimal_tokens'] / 1e9:,.2f}B tokens (20 a parameter), "
+        f"{plan['compute_optimal_flops']:.3g} FLOPs",
+    ]
+    if plan["hours"] is not None:
+        lines.append(
+            f"  {plan['hours']:,.1f} hours at {plan['mfu']:.0%} of {plan['devices']} x {plan['peak_tflops']:g} TFLOPS"
+        )
+    return "\n".join(lines)
+
+
+def _training_lines(plan: dict[str, Any]) -> list[str]:
+    setup, peak = plan["setup"], plan["peak"]
     one, many = ("GPU", "GPUs") if setup["device"] == "cuda" else ("CPU process", "CPU processes")
     devices = f"{plan['devices']:,} {one if plan['devices'] == 1 else many}"
     precision, optimizer = "bf16" if setup["bf16"] else "fp32", "Muon" if setup["optimizer"] == "muon" else "AdamW"
     lines = [
-        f"{plan['model']}: {plan['parameters']:,} parameters, {plan['layers']} layers, width {plan['hidden_size']:,}",
-        "",
         f"Training on {devices} of {plan['memory_of_a_device'] / GIB:g} GiB in {precision} with {optimizer} "
         f"{'fits' if plan['fits'] else 'does NOT fit; the nearest is'}:",
         f"  batch           {plan['batch_size']:,} sequences of {setup['sequence_length']:,} tokens = {devices} x "
@@ -222,21 +245,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         lines.append(
             "  note            what is in use; `scratch-gpt pretrain` keeps freed memory: a third more resident"
         )
-    lines += [
-        "",
-        f"Inference in bf16: weights {_gib(inference['weights'])} GiB, keys and values of a sequence of "
-        f"{setup['sequence_length']:,} tokens {_gib(inference['cache_of_a_sequence'])} GiB",
-        "",
-        f"Compute: {plan['flops_a_token']:.3g} FLOPs a token (6 x {plan['linear_weights']:,} weights + attention "
-        f"{plan['attention_flops_a_token']:.3g})",
-        f"  compute-optimal budget: {plan['compute_optimal_tokens'] / 1e9:,.2f}B tokens (20 a parameter), "
-        f"{plan['compute_optimal_flops']:.3g} FLOPs",
-    ]
-    if plan["hours"] is not None:
-        lines.append(
-            f"  {plan['hours']:,.1f} hours at {plan['mfu']:.0%} of {plan['devices']} x {plan['peak_tflops']:g} TFLOPS"
-        )
-    return "\n".join(lines)
+    return lines
 
 
 def _gib(number: float) -> str:
@@ -244,12 +253,14 @@ def _gib(number: float) -> str:
 
 
 def _remedy(plan: dict[str, Any]) -> str:
-    needed = plan["devices_needed"]
-    if needed is None:
-        return "  remedy          a shorter sequence or more memory: no number of devices is enough for one sequence"
-    if needed <= plan["devices"]:
+    needed, with_adamw = plan["devices_needed"], plan["devices_needed_with_adamw"]
+    if needed is not None and needed <= plan["devices"]:
         return "  remedy          leave sharding, checkpointing and micro-batch to the plan"
-    return f"  remedy          {needed:,} such devices are enough"
+    if needed is not None:
+        return f"  remedy          {needed:,} such devices are enough"
+    if with_adamw is not None:
+        return f"  remedy          --optimizer adamw, which can be spread: {with_adamw:,} such devices are enough"
+    return "  remedy          a shorter sequence or more memory: no number of devices is enough for one sequence"
 
 
 _TABLE_HEADINGS = (

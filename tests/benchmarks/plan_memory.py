@@ -1,4 +1,4 @@
-"""Compare `scratch-gpt plan` with the memory that training really takes, on a CPU: three runs, each in fresh processes.
+"""Compare `scratch-gpt plan` with the memory that training really takes on a CPU: three runs in fresh processes.
 
     python tests/benchmarks/plan_memory.py [--kept]
 

@@ -104,6 +104,10 @@ def test_muon_is_never_spread_and_needs_less_than_adamw_on_one_device(capsys):
     assert not muon["fits"]
     assert adamw["setup"]["sharding"] != "none"
     assert adamw["fits"]
+    enough = muon["devices_needed_with_adamw"]
+    assert muon["devices_needed"] is None
+    assert main(["plan", "gpt3-13b", "--optimizer", "muon"]) == 0
+    assert f"--optimizer adamw, which can be spread: {enough} such devices are enough" in capsys.readouterr().out
 
 
 def test_a_folder_is_planned_as_its_preset(tmp_path, capsys):
