@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_scratch_gpt.hub.doctor.outcome import Checks, Finding, Skipped, compare
+from hf_scratch_gpt.hub.doctor.outcome import Checks, Finding, Skipped, compare, in_one_line
 from hf_scratch_gpt.hub.doctor.subject import Subject
 
 CHECKS = Checks()
@@ -13,14 +13,14 @@ _PROBE = "scratch_gpt_doctor_probe"
 
 
 def _with_probe(subject: Subject, look: Callable[[dict[str, Any]], None], **inputs: Any) -> None:
-    """Run the model with an attention function that shows its keyword arguments to `look`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """Run the model with an attention function that shows its keyword arguments to `look`, and attends to nothing."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def probe(*arguments: Any, **kwargs: Any) -> Any:
+    def probe(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         look(kwargs)
-        return sdpa_attention_forward(*arguments, **kwargs)
+        batch, heads, tokens, _ = query.shape
+        return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
     ALL_ATTENTION_FUNCTIONS.register(_PROBE, probe)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, sdpa_mask)
@@ -58,7 +58,7 @@ def eager_sdpa(subject: Subject) -> Finding:
 
 @CHECKS.add(
     "flex-attention",
-    expected="flex attention = SDPA, with and without padding",
+    expected="flex attention = the implementation that the model loads with, with and without padding",
     remedy="hand the mask that create_causal_mask makes to the attention function unchanged",
 )
 def flex_attention(subject: Subject) -> Finding:
@@ -67,7 +67,12 @@ def flex_attention(subject: Subject) -> Finding:
     _try_flex()
     # Compiling takes half a minute, and would prove torch's code generator.
     with torch.compiler.set_stance("force_eager"):
-        return _equal(subject, "flex_attention", "sdpa")
+        try:
+            return _equal(subject, "flex_attention", subject.model.config._attn_implementation)
+        except ValueError as error:
+            if "CPU" not in str(error):
+                raise
+            raise Skipped(f"flex attention of this model needs an accelerator ({in_one_line(error)})") from error
 
 
 def _try_flex() -> None:

@@ -11,12 +11,12 @@ CHECKS = Checks()
 
 @CHECKS.add(
     "looks-back",
-    expected=f"the first token changes the last logits by at least {LEAST_INFLUENCE} of their spread",
+    expected=f"the first token changes later logits by at least {LEAST_INFLUENCE} of their spread",
     remedy="look for an attention mask or a residual path that cuts earlier tokens off",
 )
 def looks_back(subject: Subject) -> Finding:
     stirred = " (random numbers added to untrained weights, in memory)" if subject.stirred else ""
-    measured = f"the first token changes the last logits by {subject.influence:.2f} of their spread{stirred}"
+    measured = f"the first token changes later logits by {subject.influence:.2f} of their spread{stirred}"
     return Finding(subject.influence >= LEAST_INFLUENCE, measured)
 
 
@@ -31,6 +31,8 @@ def eval_deterministic(subject: Subject) -> Finding:
 
 def _in_chunks(subject: Subject, sizes: list[int]) -> torch.Tensor:
     """Logits of `ids` read in chunks through the model's own cache."""
+    if not subject.takes("past_key_values"):
+        raise Skipped("forward() takes no past_key_values")
     pieces, cache = [], None
     with torch.no_grad():
         for chunk in subject.ids.split(sizes, dim=1):

@@ -14,7 +14,7 @@ import torch
 from hf_scratch_gpt.hub.doctor.outcome import Skipped
 from hf_scratch_gpt.hub.doctor.reload import reload, reload_in_fresh_process
 
-# The first token has to change the last token's logits by this share of their spread, or faults do not show.
+# The first token has to change later ones' logits by this share of their spread, or faults do not show.
 LEAST_INFLUENCE = 0.05
 _TOKENS = 16
 
@@ -86,11 +86,11 @@ class Subject:
         return lost
 
     def _influence(self) -> float:
-        """How far the first token changes the last token's logits, as a share of their spread."""
+        """How far the first token changes the logits of later ones at most, as a share of their spread."""
         changed = self.ids.clone()
         changed[:, 0] = self.random_ids(2, _TOKENS, seed=7)[:, 0]
         changed[:, 0] = torch.where(changed[:, 0] == self.ids[:, 0], self.random_ids(1, 40)[0, 39], changed[:, 0])
-        before, after = self.logits(self.ids)[:, -1], self.logits(changed)[:, -1]
+        before, after = self.logits(self.ids)[:, 1:], self.logits(changed)[:, 1:]
         return ((after - before).abs().max() / before.std()).item()
 
     def _is_untrained(self) -> bool:
