@@ -203,6 +203,16 @@ def test_what_a_models_code_raises_is_a_failure_and_what_does_not_apply_a_skip()
     assert outcome_of(lambda subject: Finding(False, "3 of 4")).measured == "3 of 4"
 
 
+def test_a_model_whose_forward_breaks_is_reported_and_not_a_traceback(tmp_path):
+    folder = write_with_code(
+        tmp_path / "model", {"self.dropout(hidden_states)\n        for": "hidden_states[:, 1:]\n        for"}
+    )
+    outcomes = outcomes_of(folder, trust_remote_code=True)
+    assert {"looks-back", "round-trip", "loss", "generate-greedy"} <= names(outcomes, "fail")
+    assert "RuntimeError" in outcomes["looks-back"].measured
+    assert {"checkpoint-complete", "residual-init"} <= names(outcomes, "pass")
+
+
 def test_random_texts_are_seeded_and_cover_all_of_unicode():
     assert random_texts() == random_texts()
     characters = set("".join(random_texts()))

@@ -91,6 +91,8 @@ def _try_flex() -> None:
 
 
 def _equal(subject: Subject, one: str, other: str) -> Finding:
+    if not subject.model._can_set_attn_implementation():
+        raise Skipped("the model does not switch between attention implementations after loading")
     padding = torch.ones_like(subject.ids)
     padding[0, :3] = 0
     logits: dict[str, torch.Tensor] = {}

@@ -15,6 +15,8 @@ CHECKS = Checks()
     remedy="look for an attention mask or a residual path that cuts earlier tokens off",
 )
 def looks_back(subject: Subject) -> Finding:
+    if subject.forward_error:
+        return Finding(False, subject.forward_error)
     stirred = " (random numbers added to untrained weights, in memory)" if subject.stirred else ""
     measured = f"the first token changes later logits by {subject.influence:.2f} of their spread{stirred}"
     return Finding(subject.influence >= LEAST_INFLUENCE, measured)

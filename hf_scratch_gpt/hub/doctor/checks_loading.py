@@ -116,8 +116,10 @@ def residual_init(subject: Subject) -> Finding:
         kind = subject.config.model_type
         raise Skipped(f"the architecture '{kind}' claims no smaller initial weights into the residual stream")
     endings = SCALED_PROJECTIONS[type(subject.config).__name__]
-    weights = [weight for name, weight in subject.built.named_parameters() if name.endswith(endings)]
-    found = torch.cat([weight.detach().flatten() for weight in weights]).std().item()
+    squares, counts = zip(
+        *(size for name, size in subject.built_squares.items() if name.endswith(endings)), strict=True
+    )
+    found = math.sqrt(sum(squares) / sum(counts))
     expected = subject.config.initializer_range / math.sqrt(2 * subject.config.num_hidden_layers)
     measured = f"deviation {found:.5f} for {expected:.5f}"
     return Finding(abs(found / expected - 1) <= 0.1, measured)

@@ -69,10 +69,10 @@ def _load_config(source: str, trust_remote_code: bool) -> Any:
 
 
 def _require_causal(source: str, config: Any) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     known = known[0] if isinstance(known, tuple | list) else known
     named = getattr(config, "architectures", None) or []
     if config.is_encoder_decoder or (own is None and known is None):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_scratch_gpt.hub.doctor.outcome import Skipped
+from hf_scratch_gpt.hub.doctor.outcome import Skipped, in_one_line
 from hf_scratch_gpt.hub.doctor.reload import reload, reload_in_fresh_process
 
 # The first token has to change later ones' logits by this share of their spread, or faults do not show.
@@ -49,24 +50,29 @@ class Subject:
         self.tokenizer, self.no_tokenizer, self.tokenizer_error = tokenizer, no_tokenizer, tokenizer_error
         self.trust_remote_code, self.fresh_process = trust_remote_code, fresh_process
         self.folder = TemporaryDirectory(prefix="scratch-gpt-doctor-")
-        self.built = self._build()
+        self._examine_new_model()
         self.lost_buffers = self.restore_buffers(self.model)
-        self.influence = self._influence()
+        self.influence, self.forward_error = self._influence()
         # The second also holds where it is not a number.
         self.stirred = self._is_untrained() or not self.influence >= LEAST_INFLUENCE
         if self.stirred:
             self._stir()
-            self.influence = self._influence()
+            self.influence, self.forward_error = self._influence()
 
     def close(self) -> None:
         """Remove the saved copy."""
         self.folder.cleanup()
 
-    def _build(self) -> Any:
-        """The model as its constructor makes it, with new weights."""
+    def _examine_new_model(self) -> None:
+        """Keep, of the model as its constructor makes it, the buffers and how large each new weight is."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return type(self.model)(copy.deepcopy(self.model.config))
+            new = type(self.model)(copy.deepcopy(self.model.config))
+        self.built_buffers = {name: buffer.clone() for name, buffer in new.named_buffers()}
+        self.built_squares = {
+            name: (weight.detach().float().pow(2).sum().item(), weight.numel())
+            for name, weight in new.named_parameters()
+        }
 
     def restore_buffers(self, model: Any) -> list[str]:
         """Names of unsaved buffers that loading left other than the constructor makes them, but for rounding.
@@ -75,7 +81,7 @@ class Subject:
         """
         lost = []
         saved = set(model.state_dict())
-        built = dict(self.built.named_buffers())
+        built = self.built_buffers
         for name, buffer in list(model.named_buffers()):
             if name in saved or name not in built:
                 continue
@@ -85,13 +91,16 @@ class Subject:
                 model.get_submodule(owner)._buffers[leaf] = built[name].clone()
         return lost
 
-    def _influence(self) -> float:
-        """How far the first token changes the logits of later ones at most, as a share of their spread."""
+    def _influence(self) -> tuple[float, str]:
+        """How far the first token changes later ones' logits at most, as a share of their spread; the error if any."""
         changed = self.ids.clone()
         changed[:, 0] = self.random_ids(2, _TOKENS, seed=7)[:, 0]
         changed[:, 0] = torch.where(changed[:, 0] == self.ids[:, 0], self.random_ids(1, 40)[0, 39], changed[:, 0])
-        before, after = self.logits(self.ids)[:, 1:], self.logits(changed)[:, 1:]
-        return ((after - before).abs().max() / before.std()).item()
+        try:
+            before, after = self.logits(self.ids)[:, 1:], self.logits(changed)[:, 1:]
+        except Exception as error:  # of the model's code: the checks tell it, each for itself
+            return math.nan, in_one_line(error)
+        return ((after - before).abs().max() / before.std()).item(), ""
 
     def _is_untrained(self) -> bool:
         """Whether all norms and biases are as they began: every vector holds one and the same number."""
