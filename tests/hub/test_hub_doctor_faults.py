@@ -5,6 +5,9 @@ from doctor_tiny import make_tokenizer, names, outcomes_of, shrunk, write, write
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
+from hf_scratch_gpt.hub.doctor import checks_chat
+from hf_scratch_gpt.hub.doctor.main import CHECKS
+
 ROTATION = "self.rotary_emb(hidden_states, position_ids)"
 LOSS = "self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)"
 TRUNK_CALL = "        outputs: BaseModelOutputWithPast = self.model("
@@ -106,6 +109,24 @@ CODE_FAULTS = {
     "eager attention unscaled": (
         {"torch.matmul(query, key.transpose(2, 3)) * scaling": "torch.matmul(query, key.transpose(2, 3))"},
         {"eager-sdpa"},
+    ),
+    "flex attention scaled twice": (
+        {
+            "            scaling=self.scaling,\n": "            scaling=self.scaling\n"
+            "            * (self.scaling if self.config._attn_implementation == 'flex_attention' else 1),\n"
+        },
+        {"flex-attention"},
+    ),
+    "noise in eval()": (
+        {
+            "        hidden_states = self.norm(hidden_states)\n": "        hidden_states = self.norm(hidden_states)\n"
+            "        hidden_states = hidden_states + 3e-5 * torch.randn_like(hidden_states)\n"
+        },
+        {"eval-deterministic"},
+    ),
+    "attention lost on the way to the residual": (
+        {"return self.o_proj(attn_output), attn_weights": "return 0 * self.o_proj(attn_output), attn_weights"},
+        {"looks-back", "position-ids"},
     ),
     "checkpointing that checkpoints nothing": (
         {
@@ -240,6 +261,30 @@ def test_a_fault_in_tokenizer_or_settings_fails_its_own_checks(plant, tmp_path):
     plant(model, tokenizer)
     outcomes = outcomes_of(write(model, tmp_path, tokenizer))
     assert names(outcomes, "fail") == OTHER_FAULTS[plant], [outcomes[name] for name in names(outcomes, "fail")]
+
+
+def test_an_encoder_that_trusts_the_user_is_seen(monkeypatch, tmp_path):
+    def encode_rendered_text(tokenizer, messages, **settings):
+        encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **settings)
+        return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
+
+    monkeypatch.setattr(checks_chat, "encode_conversation", encode_rendered_text)
+    outcomes = outcomes_of(write(shrunk("modern-5m"), tmp_path, make_tokenizer()))
+    assert names(outcomes, "fail") == {"chat-control-tokens"}
+
+
+def test_a_damaged_tokenizer_is_one_failure_and_skips_what_needs_it(tmp_path):
+    write(shrunk("modern-5m"), tmp_path, make_tokenizer())
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    outcomes = outcomes_of(tmp_path)
+    assert names(outcomes, "fail") == {"tokenizer-loads"}
+    assert outcomes["special-tokens"].status == "skip"
+
+
+def test_every_check_has_a_fault_that_it_finds():
+    elsewhere = {"round-trip", "chat-control-tokens", "tokenizer-loads", "checkpoint-complete"}  # tests of their own
+    planted = set().union(elsewhere, *(fault[1] for fault in CODE_FAULTS.values()), *OTHER_FAULTS.values())
+    assert planted == {check.name for check in CHECKS}
 
 
 def test_a_weight_missing_from_the_checkpoint_is_told_by_name(tmp_path):
