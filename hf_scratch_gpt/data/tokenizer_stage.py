@@ -27,7 +27,8 @@ class TokenizerArguments(CorpusArguments):
         vocab_size (`int`, *optional*, defaults to `4096`): Tokens, control tokens and the 256 bytes among them.
         max_bytes (`int`, *optional*, defaults to `200000000`): Stop reading after so many bytes of text; BPE
             hardly changes beyond, and its memory grows with the text.
-        mask_token (`bool`, *optional*, defaults to `False`): Add `<|mask|>`, which `pretrain --objective masked` needs.
+        mask_token (`bool`, *optional*, defaults to `False`): Add `<|mask|>`, which
+            `pretrain --objective masked` needs.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("sources",)

@@ -152,7 +152,7 @@ def eager_attention_forward(
 
 
 class ScratchGPTAttention(nn.Module):
-    """Multi-head attention, causal or bidirectional, with grouped keys and values, optional QK-norm and rotary positions."""
+    """Multi-head attention, causal or not, with grouped keys and values, optional QK-norm and rotary positions."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -402,7 +402,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         masks = {}
         for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers):
             rules = [] if documents is None else [packed_sequence_mask_function(documents)]
-            if layer_type == "sliding_attention":
+            if layer_type == "sliding_attention" and self.config.sliding_window is not None:
                 rules.append(bidirectional_window(self.config.sliding_window))
             masks[layer_type] = create_bidirectional_mask(
                 config=self.config,

@@ -1,4 +1,4 @@
-"""The bidirectional relative: sees both ways, nothing across documents or padding, and shares weights with the rest."""
+"""The bidirectional relative: sees both ways, nothing across documents or padding, shares weights with the rest."""
 
 import pytest
 import torch
