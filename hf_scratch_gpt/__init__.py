@@ -13,6 +13,7 @@ _EXPORTS = {
     "ScratchGPTConfig": "hf_scratch_gpt.model",
     "ScratchGPTModel": "hf_scratch_gpt.model",
     "ScratchGPTForCausalLM": "hf_scratch_gpt.model",
+    "ScratchGPTForMaskedLM": "hf_scratch_gpt.model",
     "ScratchGPTForSequenceClassification": "hf_scratch_gpt.model",
     "ScratchGPTForTokenClassification": "hf_scratch_gpt.model",
     "ScratchGPTTokenizer": "hf_scratch_gpt.model",

@@ -162,7 +162,13 @@ def _run_command(recipes: str, output_dir: str | None, budget_minutes: float, un
     wall_seconds = run_stages(plans)
     report = write_report(root, wall_seconds)
     write_cards(root, report)
-    print(f"\n{stage_table(report)}\n\nreport: {root / 'report.html'}\ntalk to it: scratch-gpt chat {root}")
+    is_masked = report["stages"].get("pretrain", {}).get("objective") == "masked"
+    use = (
+        f'try it: pipeline("fill-mask", "{root / "pretrain"}")'
+        if is_masked
+        else f"talk to it: scratch-gpt chat {root}"
+    )
+    print(f"\n{stage_table(report)}\n\nreport: {root / 'report.html'}\n{use}")
     return 0
 
 

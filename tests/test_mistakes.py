@@ -85,6 +85,10 @@ def write_mistakes(folder):
     (folder / "bad_config" / "config.json").write_text('{"model_type', encoding="utf-8")
     (folder / "no_weights" / "model.safetensors").unlink()
     drop_a_weight(folder / "lacking" / "model.safetensors")
+    shutil.copytree(folder / "road" / "sft", folder / "masked")
+    config = json.loads((folder / "masked" / "config.json").read_text(encoding="utf-8"))
+    config |= {"is_causal": False, "architectures": ["ScratchGPTForMaskedLM"]}
+    (folder / "masked" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     from hf_scratch_gpt.model import ScratchGPTTokenizer
 
     ScratchGPTTokenizer.train([WORDS * 9], 320).save_pretrained(folder / "other_tokenizer")
@@ -169,6 +173,11 @@ def test_prepare_names_the_folder_of_an_unusable_tokenizer(fails, folder, told):
     assert told in line
 
 
+def test_the_masked_objective_names_a_tokenizer_without_a_mask_token(fails):
+    line = fails(command("pretrain", objective="masked"))
+    assert "road/prepare: the masked objective needs a tokenizer with a mask token" in line
+
+
 @pytest.mark.parametrize("folder", ["nowhere", "empty", "file", "road/sft"])
 def test_pretrain_names_what_is_no_prepared_folder(fails, folder):
     assert f"{folder}: has no manifest.json" in fails(command("pretrain", dataset_dir=folder))
@@ -188,7 +197,10 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("folder", "told"), [*MODELS, ("other_tokenizer", "they do not belong together")])
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [*MODELS, ("other_tokenizer", "they do not belong together"), ("masked", "is a masked language model")],
+)
 @pytest.mark.parametrize("stage", [*TUNING, "evaluate", "chat"])
 def test_an_unusable_model_is_named(fails, stage, folder, told):
     field = "models" if stage == "evaluate" else "model_name_or_path"

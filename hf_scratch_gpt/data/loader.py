@@ -12,7 +12,7 @@ import torch
 
 from hf_scratch_gpt.data.shards import TokenShards
 
-__all__ = ["TokenShards", "batch_windows", "shuffled_index", "windows_per_epoch"]
+__all__ = ["TokenShards", "batch_windows", "sample_numbers", "shuffled_index", "windows_per_epoch"]
 
 _ROUNDS = 6
 
@@ -87,6 +87,11 @@ def document_positions(input_ids: np.ndarray, separator_id: int) -> np.ndarray:
     return columns - np.maximum.accumulate(np.where(input_ids == separator_id, columns, 0), axis=1)
 
 
+def sample_numbers(batch_size: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    """Numbers of a batch's windows since the start of training, int64 of shape (batch_size,)."""
+    return (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
+
+
 def batch_windows(
     shards: TokenShards,
     context_length: int,
@@ -118,7 +123,7 @@ def batch_windows(
         ValueError: if the split is shorter than one window.
     """
     count = windows_per_epoch(shards, context_length)
-    samples = (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
+    samples = sample_numbers(batch_size, step, rank, world_size)
     starts = _window_starts(len(shards), count, context_length, seed, samples)
     input_ids = np.empty((batch_size, context_length), np.int64)
     for row, start in enumerate(starts):

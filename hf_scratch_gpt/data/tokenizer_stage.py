@@ -27,12 +27,17 @@ class TokenizerArguments(CorpusArguments):
         vocab_size (`int`, *optional*, defaults to `4096`): Tokens, control tokens and the 256 bytes among them.
         max_bytes (`int`, *optional*, defaults to `200000000`): Stop reading after so many bytes of text; BPE
             hardly changes beyond, and its memory grows with the text.
+        mask_token (`bool`, *optional*, defaults to `False`): Add `<|mask|>`, which
+            `pretrain --objective masked` needs.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("sources",)
 
     vocab_size: int = dataclasses.field(default=4096, metadata={"help": "Tokens, control tokens and bytes included."})
     max_bytes: int = dataclasses.field(default=200_000_000, metadata={"help": "Read at most so many bytes of text."})
+    mask_token: bool = dataclasses.field(
+        default=False, metadata={"help": "Add <|mask|>, which `pretrain --objective masked` needs."}
+    )
 
 
 Arguments = TokenizerArguments
@@ -101,7 +106,7 @@ def run(arguments: TokenizerArguments) -> Path:
         corpus = Corpus(arguments)
         texts = _TrainingTexts(corpus, arguments.max_bytes)
         with progress_bar("tokenizer", 3) as bar:  # read and train, save, measure
-            tokenizer = ScratchGPTTokenizer.train(texts, arguments.vocab_size)
+            tokenizer = ScratchGPTTokenizer.train(texts, arguments.vocab_size, arguments.mask_token)
             bar.update()
             tokenizer.save_pretrained(run.folder)
             bar.update()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, loading
+from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, check_writes_text, loading
 
 
 def load_model(folder: str, **settings: Any) -> tuple[Any, Any]:
@@ -11,10 +11,11 @@ def load_model(folder: str, **settings: Any) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: if `folder` looks like a path and holds no model.
-        OSError, ValueError: if it cannot be loaded, or model and tokenizer do not belong together.
+        OSError, ValueError: if it cannot be loaded, is no causal model, or model and tokenizer do not belong together.
     """
     from transformers import AutoModelForCausalLM
 
+    check_writes_text(folder, load_config(folder))
     return _load(AutoModelForCausalLM, folder, **settings)
 
 
@@ -36,15 +37,24 @@ def check_one_label(folder: str) -> None:
     Raises:
         OSError, ValueError: if there is no model, or it has more than one label.
     """
+    labels = load_config(folder).num_labels
+    if labels != 1:
+        raise ValueError(f"{folder}: a reward model has one label, this one has {labels}")
+
+
+def load_config(folder: str) -> Any:
+    """The config of the model of `folder`.
+
+    Raises:
+        OSError, ValueError: if there is none, or it cannot be read.
+    """
     from transformers import AutoConfig
 
     import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 
     require_folder(folder)
     with loading(folder, "config"):
-        labels = AutoConfig.from_pretrained(folder).num_labels
-    if labels != 1:
-        raise ValueError(f"{folder}: a reward model has one label, this one has {labels}")
+        return AutoConfig.from_pretrained(folder)
 
 
 def _load(auto_class: Any, folder: str, **settings: Any) -> tuple[Any, Any]:

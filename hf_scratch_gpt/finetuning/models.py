@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
-from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, loading, quiet
+from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, check_writes_text, loading, quiet
 
 ADAPTER_FOLDER = "adapter"
 # Merging adds the low-rank update to the weight before instead of after the product: equal up to fp32 rounding, which
@@ -84,11 +84,13 @@ def context_length(source: str, asked: int | None) -> int:
     """Longest row in tokens: `max_length` if given, else the model's context.
 
     Raises:
-        ValueError: if `max_length` exceeds the context.
+        ValueError: if `max_length` exceeds the context, or the model is a masked language model.
     """
     check_model_source(source)
     with loading(source, "config"):
-        context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(source)
+    check_writes_text(source, config)
+    context = getattr(config, "max_position_embeddings", None)
     if asked is None:
         if context is None:
             raise ValueError(f"{source}: its config names no max_position_embeddings; set max_length")

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -18,6 +19,7 @@ from transformers import (
 from hf_scratch_gpt.model.configuration_scratch_gpt import ScratchGPTConfig
 from hf_scratch_gpt.model.modeling_scratch_gpt import (
     ScratchGPTForCausalLM,
+    ScratchGPTForMaskedLM,
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
@@ -27,6 +29,7 @@ from hf_scratch_gpt.model.tokenization_scratch_gpt import ScratchGPTTokenizer, e
 _MODELS = {
     AutoModel: ScratchGPTModel,
     AutoModelForCausalLM: ScratchGPTForCausalLM,
+    AutoModelForMaskedLM: ScratchGPTForMaskedLM,
     AutoModelForSequenceClassification: ScratchGPTForSequenceClassification,
     AutoModelForTokenClassification: ScratchGPTForTokenClassification,
 }
@@ -47,6 +50,7 @@ _register()
 __all__ = [
     "ScratchGPTConfig",
     "ScratchGPTForCausalLM",
+    "ScratchGPTForMaskedLM",
     "ScratchGPTForSequenceClassification",
     "ScratchGPTForTokenClassification",
     "ScratchGPTModel",

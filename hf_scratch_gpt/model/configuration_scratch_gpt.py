@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_scratch_gpt.ScratchGPTConfig",
     "AutoModel": "modeling_scratch_gpt.ScratchGPTModel",
     "AutoModelForCausalLM": "modeling_scratch_gpt.ScratchGPTForCausalLM",
+    "AutoModelForMaskedLM": "modeling_scratch_gpt.ScratchGPTForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_scratch_gpt.ScratchGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_scratch_gpt.ScratchGPTForTokenClassification",
 }
@@ -70,7 +71,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         attention_dropout, hidden_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout of attention weights; of the embeddings and of each sub-layer's output.
         sliding_window (`int`, *optional*):
-            Tokens that a `"sliding_attention"` layer sees, itself included.
+            Tokens that a `"sliding_attention"` layer sees, itself included; as many to either side if bidirectional.
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer. By default all slide if there is a window.
         final_logit_softcapping (`float`, *optional*):
@@ -78,6 +79,10 @@ class ScratchGPTConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to `0.02`):
             Standard deviation of initial weights; that of projections into the residual stream is divided by
             sqrt(2 × layers), as in GPT-2, unless `norm_position="post"`.
+        is_causal (`bool`, *optional*, defaults to `True`):
+            Whether a token sees only what precedes it, or what follows it too (the name that transformers' masks and
+            attention kernels read). The causal and the masked language model set their own; trunk and classifiers
+            follow it.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Share the embedding with the output head.
 
@@ -133,6 +138,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     final_logit_softcapping: float | int | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
+    is_causal: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

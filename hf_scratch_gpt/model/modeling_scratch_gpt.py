@@ -1,13 +1,14 @@
-"""The ScratchGPT decoder in one file: trunk, causal language model, sequence and token classification.
+"""The ScratchGPT decoder in one file: trunk, causal and masked language model, sequence and token classification.
 
 With the modern preset it computes exactly what transformers' Qwen3 computes, under the same parameter names; with the
 GPT-2 presets exactly what GPT-2 computes. This file travels to the Hub beside the weights.
 
 A batch may hold several documents in a row: give `position_ids` that start again at 0 with each document and no
 `attention_mask`, and no document sees another. Pass `use_cache=False` when training, or keys and values are kept for
-nothing.
+nothing. The masked language model is the same trunk with attention in both directions, and has no cache.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -19,13 +20,20 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    and_masks,
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -144,7 +152,7 @@ def eager_attention_forward(
 
 
 class ScratchGPTAttention(nn.Module):
-    """Causal multi-head attention with grouped keys and values, optional QK-norm and rotary positions."""
+    """Multi-head attention, causal or not, with grouped keys and values, optional QK-norm and rotary positions."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -153,7 +161,7 @@ class ScratchGPTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = True
+        self.is_causal = config.is_causal
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
         query_size = config.num_attention_heads * self.head_dim
@@ -258,6 +266,23 @@ class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
         return hidden_states if self.norm_first else self.post_attention_layernorm(hidden_states)
 
 
+def bidirectional_window(sliding_window: int) -> Callable:
+    """A mask function: both sides of a token, each as far as a causal window reaches (distance < `sliding_window`)."""
+
+    def inner_mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> bool:
+        return abs(q_idx - kv_idx) < sliding_window
+
+    return inner_mask
+
+
+def with_direction(config: PreTrainedConfig, is_causal: bool) -> PreTrainedConfig:
+    """The config with that direction of attention; a copy if it changes, since other models may share the object."""
+    if config.is_causal != is_causal:
+        config = copy.deepcopy(config)
+        config.is_causal = is_causal
+    return config
+
+
 class ScratchGPTPreTrainedModel(PreTrainedModel):
     """What all ScratchGPT models share: loading, initialisation, and what they support."""
 
@@ -316,6 +341,12 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` were given, but a bidirectional model has no cache; leave them out"
+                )
+            use_cache = False
         masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
@@ -352,6 +383,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         """
         if isinstance(attention_mask, dict):
             return attention_mask
+        if not self.config.is_causal:
+            return self._bidirectional_masks(inputs_embeds, attention_mask, position_ids)
         make_mask = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             layer_type: make_mask[layer_type](
@@ -363,6 +396,24 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             )
             for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers)
         }
+
+    def _bidirectional_masks(self, inputs_embeds, attention_mask, position_ids) -> dict:
+        """As `_attention_masks`, for attention both ways: transformers' own masks would let packed documents mix."""
+        documents = None
+        if position_ids is not None and attention_mask is None:
+            documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+        masks = {}
+        for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers):
+            rules = [] if documents is None else [packed_sequence_mask_function(documents)]
+            if layer_type == "sliding_attention" and self.config.sliding_window is not None:
+                rules.append(bidirectional_window(self.config.sliding_window))
+            masks[layer_type] = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                and_mask_function=and_masks(*rules) if rules else None,
+            )
+        return masks
 
     @staticmethod
     def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
@@ -391,6 +442,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ScratchGPTConfig):
+        config = with_direction(config, is_causal=True)
         super().__init__(config)
         self.model = ScratchGPTModel(config)
         self.vocab_size = config.vocab_size
@@ -438,6 +490,57 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
 
+class ScratchGPTForMaskedLM(ScratchGPTPreTrainedModel):
+    """The same trunk and head reading both ways, to fill in masked tokens (BERT, https://arxiv.org/abs/1810.04805).
+
+    A causal checkpoint loads into it and the other way round: the parameters have the same names and shapes.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ScratchGPTConfig):
+        config = with_direction(config, is_causal=False)
+        super().__init__(config)
+        self.model = ScratchGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Logits (batch, tokens, vocab_size), and the mean loss in nats over the `labels` (not shifted) but -100.
+
+        `num_items_in_batch` divides the summed loss instead of the count of this batch's labels.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 # The generic heads build their trunk through AutoModel, which does not know remote code: so build it here.
 class ScratchGPTForSequenceClassification(GenericForSequenceClassification, ScratchGPTPreTrainedModel):
     """A score for each label, (batch, num_labels), read at each sequence's last token that is not padding."""
@@ -464,6 +567,7 @@ class ScratchGPTForTokenClassification(GenericForTokenClassification, ScratchGPT
 
 __all__ = [
     "ScratchGPTForCausalLM",
+    "ScratchGPTForMaskedLM",
     "ScratchGPTForSequenceClassification",
     "ScratchGPTForTokenClassification",
     "ScratchGPTModel",

@@ -13,12 +13,14 @@ from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END)
+# Only in tokenizers for the masked objective. It takes the space before it, as RoBERTa's does: words carry theirs.
+MASK = "<|mask|>"
 # Not special, so that decoding for a person or a tool-call parser keeps them.
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 
@@ -97,15 +99,21 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
     """Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes as in GPT-2): any text round-trips exactly."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "ScratchGPTTokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, mask_token: bool = False) -> "ScratchGPTTokenizer":
         """Train a tokenizer of `vocab_size` tokens, control tokens and the 256 bytes among them.
 
         A corpus too small for so many merges gives fewer: see `len(tokenizer)`.
 
+        Args:
+            texts (`Iterable[str]`): What to learn the merges from; read once.
+            vocab_size (`int`): Tokens to make at most.
+            mask_token (`bool`, *optional*, defaults to `False`): Add `<|mask|>`, after the other control tokens.
+
         Raises:
             ValueError: if `vocab_size` has no room for a merge, or if there is no text.
         """
-        control_tokens = [*SPECIAL_TOKENS, *TOOL_TOKENS]
+        mask = [AddedToken(MASK, lstrip=True, special=True, normalized=False)] if mask_token else []
+        control_tokens = [*SPECIAL_TOKENS, *TOOL_TOKENS, *mask]
         smallest = len(control_tokens) + 256
         if vocab_size <= smallest:
             raise ValueError(
@@ -132,6 +140,7 @@ class ScratchGPTTokenizer(PreTrainedTokenizerFast):
             tokenizer_object=_with_plain_tool_tokens(backend),
             eos_token=IM_END,
             pad_token=PAD,
+            **({"mask_token": mask[0]} if mask else {}),
             extra_special_tokens=[END_OF_TEXT, IM_START],
             chat_template=CHAT_TEMPLATE,
             response_template=RESPONSE_TEMPLATE,

@@ -26,6 +26,9 @@ class PretrainArguments(StageArguments):
     input_fields: ClassVar[tuple[str, ...]] = ("dataset_dir",)
 
     dataset_dir: str = _field("", "Folder of `scratch-gpt prepare`: token shards, tokenizer, held-out text.")
+    objective: Literal["causal", "masked"] = _field(
+        "causal", "causal: predict the next token (GPT); masked: fill in hidden tokens, read both ways (BERT)."
+    )
     preset: str = _field("modern-5m", "Named model size; see hf_scratch_gpt.model.presets.")
     model_overrides: ModelOverrides = dataclasses.field(
         default=None,
@@ -72,7 +75,7 @@ class PretrainArguments(StageArguments):
     logging_steps: int = _field(10, "Steps between lines of the curve.")
     evaluation_batch_size: int = _field(16, "Windows in a batch of the evaluation.")
     evaluation_bytes: int = _field(
-        0, "Measure bits per byte on at most so many bytes of held-out documents, drawn by the seed; 0 for all."
+        0, "Measure on at most so many bytes of held-out documents, drawn by the seed; 0 for all."
     )
 
     def check(self) -> None:
@@ -85,7 +88,7 @@ class PretrainArguments(StageArguments):
 
     def _check_choices(self) -> None:
         hints = get_type_hints(type(self))
-        names = ("optimizer", "schedule", "precision", "compile")
+        names = ("objective", "optimizer", "schedule", "precision", "compile")
         for name, known in [*((name, get_args(hints[name])) for name in names), ("report_to", get_args(Trackers))]:
             if getattr(self, name) not in known:
                 raise ValueError(f"'{name}' is '{getattr(self, name)}', expected one of {', '.join(known)}")

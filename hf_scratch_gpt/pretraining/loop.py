@@ -30,10 +30,11 @@ class PretrainingLoop:
         arguments (`PretrainArguments`): The stage's settings.
         accelerator (`Accelerator`): Of this process.
         run (`StageRun`): Takes the curve and the checkpoints.
-        module: Loss module as `accelerator.prepare` returned it: (input_ids, position_ids) to a summed loss.
+        module: Loss module as `accelerator.prepare` returned it: a batch's tensors to a summed loss.
         model: The bare model inside of it.
         optimizers (`Optimizers`): Over its parameters.
-        read_batch: This process's share of the windows of a step; a pure function of the step.
+        read_batch: This process's share of the windows of a step; a pure function of the step. With `labels`, only
+            those that are not -100 are targets.
         state (`TrainingState`): Where to begin; updated in place.
         budget (`Budget`): How much to train.
         clock: Seconds of the stage so far.
@@ -56,7 +57,7 @@ class PretrainingLoop:
         self.module, self.model, self.optimizers = module, model, optimizers
         self.read_batch, self.state, self.budget, self.clock = read_batch, state, budget, clock
         self.tokens_per_step = arguments.batch_size * arguments.context_length
-        # Every window is full, so the number of targets over all processes is known beforehand.
+        # Every window is full, so the number of next tokens over all processes is known beforehand.
         self.targets_per_step = arguments.batch_size * (arguments.context_length - 1)
         self._steps_here, self._seconds_here = 0, 0.0
         self._step_seconds = 0.0  # of a step so far, on the slowest process
@@ -156,7 +157,7 @@ class PretrainingLoop:
         """Gradients of the mean loss over the targets of all processes; returns this process's share, times them."""
         parts = self.arguments.gradient_accumulation_steps
         # Data-parallel training averages gradients over the processes, a sum is wanted.
-        scale = self.accelerator.num_processes / self.targets_per_step
+        scale = self.accelerator.num_processes / self._count_targets(batch)
         chunks = {name: tensor.chunk(parts) for name, tensor in batch.items()}
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(parts):
@@ -166,6 +167,12 @@ class PretrainingLoop:
                 loss.backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
             total += loss.detach()
         return total
+
+    def _count_targets(self, batch: dict[str, Tensor]) -> int:
+        """Targets of a step over all processes: a mean of the parts' means would weigh their tokens unequally."""
+        if "labels" not in batch:
+            return self.targets_per_step
+        return max(1, int(self.accelerator.reduce((batch["labels"] != -100).sum(), "sum")))
 
     def _record(self, loss: float, finite: bool) -> None:
         state = self.state

@@ -1,6 +1,7 @@
 """The stage `pretrain`: train a base model from token shards, with an Accelerate loop of our own.
 
     scratch-gpt pretrain recipes/quickstart/pretrain.yaml [--max_minutes 5]
+    scratch-gpt pretrain recipes/masked/pretrain.yaml       (--objective masked: BERT's, read both ways)
     accelerate launch --num_processes 8 -m hf_scratch_gpt pretrain RECIPE
 
 A batch is a pure function of (seed, step, rank), so a run that was killed goes on from its newest whole checkpoint as
@@ -8,7 +9,6 @@ if nothing had happened: with `max_steps`, on a CPU in fp32, the weights are equ
 schedule follows the clock, and a rerun is as long but not identical.
 """
 
-import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -65,13 +65,15 @@ class _Pretraining:
     def __init__(self, arguments: PretrainArguments, accelerator: Any, dataset: Any, run: StageRun, started: float):
         from hf_scratch_gpt.evaluation.questions import pick_texts
         from hf_scratch_gpt.pretraining import setup
+        from hf_scratch_gpt.pretraining.objectives import make_objective
 
         self.arguments, self.accelerator, self.dataset = arguments, accelerator, dataset
         self.run, self.started = run, started
         documents = [text for text in dataset.heldout if text]
         self.documents = pick_texts(documents, arguments.evaluation_bytes, arguments.seed)
         if not self.documents:
-            logger.warning("%s: there is no held-out text, so bits per byte are not measured", dataset.folder)
+            logger.warning("%s: there is no held-out text, so nothing is measured on it", dataset.folder)
+        self.objective = make_objective(arguments.objective, dataset)
         self.model = setup.make_model(arguments, dataset).to(accelerator.device)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.bf16 = setup.wants_bf16(arguments.precision)
@@ -143,20 +145,16 @@ class _Pretraining:
         return self._earlier_seconds + time.monotonic() - self.started
 
     def _read_batch(self, step: int) -> dict[str, Any]:
-        from hf_scratch_gpt.data.loader import batch_windows
+        from hf_scratch_gpt.data.loader import batch_windows, sample_numbers
 
         arguments, accelerator = self.arguments, self.accelerator
-        batch = batch_windows(
-            self.shards,
-            arguments.context_length,
-            arguments.batch_size // accelerator.num_processes,
-            arguments.seed,
-            step,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        names = ("input_ids", "position_ids") if arguments.separate_documents else ("input_ids",)
-        return {name: batch[name].to(accelerator.device) for name in names}
+        rows, rank = arguments.batch_size // accelerator.num_processes, accelerator.process_index
+        place = (step, rank, accelerator.num_processes)
+        windows = batch_windows(self.shards, arguments.context_length, rows, arguments.seed, *place)
+        if not arguments.separate_documents:
+            del windows["position_ids"]
+        batch = self.objective.make_batch(windows, arguments.seed, sample_numbers(rows, *place))
+        return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
     def _compile(self) -> bool:
         """Compile if it is wanted and can be had, and say in one line how this run trains."""
@@ -198,22 +196,15 @@ class _Pretraining:
         return Budget(seconds=seconds - reserved)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Bits per byte of the held-out documents, measured by the main process in fp32; empty without documents."""
+        """The objective's measure of the held-out documents, by the main process in fp32; empty without documents."""
         from accelerate.utils import broadcast_object_list
-
-        from hf_scratch_gpt.evaluation.text import bits_per_byte
 
         measured: dict[str, Any] = {}
         if self.accelerator.is_main_process and self.documents:
             begin = time.monotonic()
-            result = bits_per_byte(
-                self.model,
-                self.dataset.tokenizer,
-                self.documents,
-                self.arguments.context_length,
-                self.arguments.evaluation_batch_size,
-            )
-            measured = {**dataclasses.asdict(result), "seconds": time.monotonic() - begin}
+            sizes = (self.arguments.context_length, self.arguments.evaluation_batch_size)
+            measured = self.objective.measure(self.model, self.documents, *sizes)
+            measured["seconds"] = time.monotonic() - begin
         (measured,) = broadcast_object_list([measured])
         return measured
 
@@ -231,13 +222,12 @@ class _Pretraining:
             "evaluation_seconds": untrained.get("seconds", 0.0) + trained.get("seconds", 0.0),
             "train_loss": sum(recent) / len(recent) if recent else None,
             "skipped_updates": state.skipped,
-            "heldout_bits_per_byte": trained.get("mean"),
-            "heldout_bits_per_byte_interval": [trained.get("low"), trained.get("high")],
-            "random_init_bits_per_byte": untrained.get("mean"),
+            **self.objective.metrics(trained, untrained),
             "heldout_documents": len(self.documents),
             "heldout_bytes": sum(len(text.encode("utf-8")) for text in self.documents),
             "precision": "bf16" if self.bf16 else "fp32",
             "compiled": state.compiled,
+            "objective": self.arguments.objective,
             "optimizer": self.arguments.optimizer,
             "processes": self.accelerator.num_processes,
         }

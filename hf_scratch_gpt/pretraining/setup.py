@@ -144,8 +144,14 @@ def make_config(arguments: PretrainArguments, dataset: Dataset) -> Any:
     overrides = parse_overrides(arguments.model_overrides)
     vocab_size = dataset.manifest["vocab_size"]
     tokenizer = dataset.tokenizer
+    is_causal = arguments.objective == "causal"
+    if overrides.get("is_causal", is_causal) != is_causal:
+        raise ValueError(
+            f"model_overrides: is_causal {overrides['is_causal']} contradicts the objective '{arguments.objective}'; "
+            "leave it out, the objective decides"
+        )
     fixed = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    overrides = {"vocab_size": vocab_size, **fixed, **overrides}
+    overrides = {"vocab_size": vocab_size, **fixed, **overrides, "is_causal": is_causal}
     config = ScratchGPTConfig.from_preset(arguments.preset, **overrides)
     if config.vocab_size < vocab_size:
         raise ValueError(
@@ -170,19 +176,20 @@ def end_token_ids(tokenizer: Any) -> list[int]:
 
 
 def make_model(arguments: PretrainArguments, dataset: Dataset) -> Any:
-    """A freshly initialised model in fp32, the same for the same seed, with its generation config."""
-    from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+    """A freshly initialised model in fp32, the same for the same seed; a causal one has its generation config."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, set_seed
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # saving would show one of its own
     config = make_config(arguments, dataset)
     set_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto_class = AutoModelForCausalLM if config.is_causal else AutoModelForMaskedLM
+    model = auto_class.from_config(config, dtype=torch.float32)
     if arguments.zero_init_output_projections:
         zero_output_projections(model)
-    model.generation_config = GenerationConfig(
-        eos_token_id=end_token_ids(dataset.tokenizer), pad_token_id=dataset.tokenizer.pad_token_id, bos_token_id=None
-    )
+    if config.is_causal:
+        ends, pad = end_token_ids(dataset.tokenizer), dataset.tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, bos_token_id=None)
     return model.train()
 
 
@@ -206,10 +213,10 @@ def zero_output_projections(model: nn.Module) -> None:
 
 
 class LanguageModelLoss(nn.Module):
-    """A causal language model with its loss as one module, so that both compile and are wrapped together.
+    """A language model with its loss as one module, so that both compile and are wrapped together.
 
     Args:
-        model: The causal language model.
+        model: The causal or masked language model.
         bf16 (`bool`): Run the model under bf16 autocast; the loss itself is in fp32 either way.
     """
 
@@ -218,12 +225,15 @@ class LanguageModelLoss(nn.Module):
         self.model = model
         self.bf16 = bf16
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Summed cross entropy in nats of each token of `input_ids` (batch, length) but the first of a window."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Summed cross entropy in nats of `labels` where they are not -100; without, of each next token of a window.
+
+        All are of shape (batch, length).
+        """
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         # Shift the small targets rather than copy the large logits.
-        targets = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+        targets = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100) if labels is None else labels
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 

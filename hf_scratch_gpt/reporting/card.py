@@ -17,10 +17,14 @@ _WHAT = {
     "dpo": "A language model aligned by direct preference optimisation.",
     "ppo": "A language model aligned by PPO against a learnt reward model.",
 }
+_WHAT_MASKED = "A masked language model, trained from scratch, which fills in tokens and writes no text."
 # What a card shows of its stage's part of the report: key and label, in this order.
 _FIGURES = {
     "heldout_bits_per_byte": "held-out bits per byte",
     "random_init_bits_per_byte": "the same before training",
+    "heldout_masked_accuracy": "masked tokens of held-out text predicted right",
+    "unigram_masked_accuracy": "the same by the most frequent token",
+    "heldout_masked_loss": "held-out loss (nats a masked token)",
     "heldout_loss": "held-out loss (nats a token)",
     "heldout_exact_match": "exact match on held-out questions",
     "base_exact_match": "the same of the base model",
@@ -77,11 +81,11 @@ def lineage(stage: str, runs: dict[str, StageFolder]) -> list[dict[str, Any]]:
     ]
 
 
-def _metadata() -> str:
+def _metadata(pipeline_tag: str) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["scratch_gpt", "hf_scratch_gpt"]
+        library_name="transformers", pipeline_tag=pipeline_tag, tags=["scratch_gpt", "hf_scratch_gpt"]
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -107,9 +111,11 @@ def write_cards(root: str | Path, report: dict[str, Any]) -> list[Path]:
     for stage in [name for name in _WHAT if name in runs]:
         run = runs[stage]
         machine = run.report["environment"]
+        is_masked = run.metrics.get("objective") == "masked"
         text = template.render(
             name=f"{Path(root).resolve().name}-{stage}",
-            what=_WHAT[stage],
+            what=_WHAT_MASKED if is_masked else _WHAT[stage],
+            auto_class="AutoModelForMaskedLM" if is_masked else "AutoModelForCausalLM",
             version=__version__,
             stage=stage,
             lineage=lineage(stage, runs),
@@ -117,5 +123,5 @@ def write_cards(root: str | Path, report: dict[str, Any]) -> list[Path]:
             environment=f"Trained on {machine['cores']} cores ({machine['cpu']}) with torch {machine['torch']}.",
             figures=card_figures(report["stages"][stage]),
         )
-        paths.append(write_text(run.folder / CARD, _metadata() + text))
+        paths.append(write_text(run.folder / CARD, _metadata("fill-mask" if is_masked else "text-generation") + text))
     return paths

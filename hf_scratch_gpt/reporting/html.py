@@ -114,6 +114,13 @@ def headline(report: dict[str, Any]) -> list[dict[str, Any]]:
             f"{pretrain['heldout_bits_per_byte']:.2f}",
             ", ".join(rivals) or "less is better",
         )
+    if "heldout_masked_accuracy" in pretrain:
+        add(
+            "Masked tokens of unseen text filled in",
+            percent(pretrain["random_init_masked_accuracy"]),
+            percent(pretrain["heldout_masked_accuracy"]),
+            f"always the most frequent token: {percent(pretrain['unigram_masked_accuracy'])}",
+        )
     if "heldout_exact_match" in sft:
         before = sft.get("base_exact_match")
         add(

@@ -43,6 +43,13 @@ _COPIED = {
         "heldout_bits_per_byte_interval",
         "random_init_bits_per_byte",
         "heldout_bytes",
+        "objective",
+        "heldout_masked_accuracy",
+        "heldout_masked_accuracy_interval",
+        "unigram_masked_accuracy",
+        "random_init_masked_accuracy",
+        "heldout_masked_loss",
+        "heldout_masked_tokens",
     ),
     "sft": ("examples", "steps", "tokens", "last_train_loss", "heldout_loss", "heldout_token_accuracy"),
     "reward": (

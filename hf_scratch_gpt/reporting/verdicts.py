@@ -98,6 +98,8 @@ def _prepare(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, Any]:
+    if stage.get("objective") == "masked":
+        return _pretrain_masked(stage)
     after, before = stage.get("heldout_bits_per_byte"), stage.get("random_init_bits_per_byte")
     if after is None:
         return {"measure": "held-out bits a byte", "verdict": "not measured"}
@@ -109,9 +111,7 @@ def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, A
     improved = before is not None and after < before
     words = f"beats {' and '.join(beaten)}" if beaten else "better than untrained" if improved else "learnt nothing"
     words += f", not yet {' and '.join(unbeaten)}" if beaten and unbeaten else ""
-    told = [f"{count(stage['parameters'])} parameters"] if "parameters" in stage else []
-    told += [f"{count(stage['tokens'])} tokens"] if "tokens" in stage else []
-    told += [f"{stage['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in stage else []
+    told = _training_size(stage)
     told += [f"{name} {bits:.2f}" for name, bits in rivals.items() if bits is not None]
     return {
         "measure": "held-out bits a byte",
@@ -122,6 +122,32 @@ def _pretrain(stage: dict[str, Any], compression: dict[str, Any]) -> dict[str, A
         "verdict": words,
         "state": GOOD if improved else BAD,
         "detail": ", ".join(told),
+    }
+
+
+def _training_size(stage: dict[str, Any]) -> list[str]:
+    told = [f"{count(stage['parameters'])} parameters"] if "parameters" in stage else []
+    told += [f"{count(stage['tokens'])} tokens"] if "tokens" in stage else []
+    return told + ([f"{stage['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in stage else [])
+
+
+def _pretrain_masked(stage: dict[str, Any]) -> dict[str, Any]:
+    """Judged against always predicting the most frequent token, which is what a model learns first."""
+    after, interval = stage.get("heldout_masked_accuracy"), stage.get("heldout_masked_accuracy_interval")
+    if after is None or interval is None:
+        return {"measure": "masked tokens right, held-out", "verdict": "not measured"}
+    guess = stage["unigram_masked_accuracy"]
+    better = interval[0] > guess
+    return {
+        "measure": "masked tokens right, held-out",
+        "before": stage.get("random_init_masked_accuracy"),
+        "after": after,
+        "interval": interval,
+        "scale": (0.0, 1.0),
+        "chance": guess,
+        "verdict": f"most frequent token: {percent(guess)}" if better else "no better than the most frequent token",
+        "state": GOOD if better else BAD,
+        "detail": ", ".join(_training_size(stage)),
     }
 
 

@@ -67,6 +67,25 @@ def _explain(error: Exception, source: str, what: str) -> Exception | None:
     return ValueError(f"{source}: its {what} cannot be loaded ({reason})")
 
 
+def check_writes_text(source: str | Path, config: Any) -> None:
+    """Refuse a masked language model where a causal one is needed: transformers would load it, and it writes nonsense.
+
+    Args:
+        source: Where the model is.
+        config: Its config.
+
+    Raises:
+        ValueError: if the config says that the model reads both ways, or names a masked language model.
+    """
+    masked = [name for name in getattr(config, "architectures", None) or [] if name.endswith("ForMaskedLM")]
+    if masked or getattr(config, "is_causal", True) is False:
+        kind = masked[0] if masked else f"{type(config).__name__} with is_causal false"
+        raise ValueError(
+            f"{source}: is a masked language model ({kind}), which fills in tokens and writes no text; "
+            "give a causal one (`pretrain --objective causal`)"
+        )
+
+
 def check_whole(source: str | Path, info: dict[str, Any], is_new: Any = None) -> None:
     """Refuse a model of which some weights were missing: transformers draws them at random.
 

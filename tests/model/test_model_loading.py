@@ -12,12 +12,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     pipeline,
 )
 
-from hf_scratch_gpt.model import ScratchGPTForSequenceClassification
+from hf_scratch_gpt.model import ScratchGPTForMaskedLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
 
 # Runs where the package cannot be imported, as on a machine that only has transformers.
 WITHOUT_THE_PACKAGE = """
@@ -31,7 +32,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 folder = sys.argv[1]
 inputs = load_file(f"{folder}/inputs.safetensors")["input_ids"]
@@ -50,6 +51,11 @@ model.generate(inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
 reward = AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", trust_remote_code=True).eval()
 with torch.no_grad():
     logits["reward"] = reward(inputs[:1]).logits
+fill = pipeline("fill-mask", model=f"{folder}/masked", trust_remote_code=True)
+assert type(fill.model).__name__ == "ScratchGPTForMaskedLM"
+assert not fill.model.config.is_causal
+logits["masked"] = fill.model(**fill.tokenizer("The user <|mask|> and", return_tensors="pt")).logits.detach()
+assert fill("The user <|mask|> and")[0]["token"] == logits["masked"][0].softmax(-1)[-2].argmax().item()
 save_file(logits, f"{folder}/logits.safetensors")
 model.save_pretrained(f"{folder}/saved-again")
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
@@ -70,6 +76,11 @@ def test_folder_works_in_a_process_without_the_package(model_factory, tokenizer,
     reward.save_pretrained(tmp_path / "reward")
     expected["reward"] = reward(input_ids[:1]).logits
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    mask_tokenizer = ScratchGPTTokenizer.train(["The user asks and the assistant answers"] * 9, 300, mask_token=True)
+    masked = ScratchGPTForMaskedLM(model_factory(vocab_size=len(mask_tokenizer)).config).eval()
+    masked.save_pretrained(tmp_path / "masked")
+    mask_tokenizer.save_pretrained(tmp_path / "masked")
+    expected["masked"] = masked(**mask_tokenizer("The user <|mask|> and", return_tensors="pt")).logits
     save_file({"input_ids": input_ids}, tmp_path / "inputs.safetensors")
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
@@ -95,6 +106,7 @@ def test_every_head_carries_the_code_and_the_whole_auto_map(model_factory, tmp_p
     classes = [
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForMaskedLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     ]

@@ -14,8 +14,7 @@ def _documents(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(5, 80))) + "." for _ in range(count)]
 
 
-@pytest.fixture(scope="session")
-def prepared_folder(tmp_path_factory) -> Path:
+def _prepare(folder: Path, mask_token: bool) -> Path:
     """What `scratch-gpt prepare` writes, for a corpus of a few words."""
     from hf_scratch_gpt.data.shards import (
         ShardWriter,
@@ -26,9 +25,8 @@ def prepared_folder(tmp_path_factory) -> Path:
     )
     from hf_scratch_gpt.model import ScratchGPTTokenizer
 
-    folder = tmp_path_factory.mktemp("data") / "prepared"
     train, heldout = _documents(200, 0), _documents(10, 1)
-    tokenizer = ScratchGPTTokenizer.train(train, 300)
+    tokenizer = ScratchGPTTokenizer.train(train, 300, mask_token)
     tokenizer.save_pretrained(folder)
     dtype = token_dtype(len(tokenizer))
     splits = {}
@@ -48,6 +46,18 @@ def prepared_folder(tmp_path_factory) -> Path:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory) -> Path:
+    """A prepared folder of a few words."""
+    return _prepare(tmp_path_factory.mktemp("data") / "prepared", mask_token=False)
+
+
+@pytest.fixture(scope="session")
+def masked_folder(tmp_path_factory) -> Path:
+    """The same with a mask token in its tokenizer."""
+    return _prepare(tmp_path_factory.mktemp("data") / "masked", mask_token=True)
 
 
 @pytest.fixture

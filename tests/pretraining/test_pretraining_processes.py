@@ -80,8 +80,10 @@ def test_a_killed_run_and_a_terminated_one_continue_bitwise(make_arguments, tmp_
     assert read_metrics(folder)["metrics"]["tokens"] == 400 * 2 * 32
 
 
-def test_two_processes_give_what_one_gives(make_arguments, tmp_path):
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_two_processes_give_what_one_gives(make_arguments, masked_folder, tmp_path, objective):
     settings = {"max_steps": 4, "optimizer": "adamw", "gradient_accumulation_steps": 2}
+    settings |= {"objective": objective, "dataset_dir": str(masked_folder)}
     alone = run(make_arguments(output_dir=str(tmp_path / "alone"), **settings))
     folder = tmp_path / "together"
     recipe = write_recipe(tmp_path / "recipe.yaml", make_arguments(output_dir=str(folder)), **settings)
