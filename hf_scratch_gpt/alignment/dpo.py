@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from hf_scratch_gpt.alignment.own_answers import OwnAnswersArguments, own_preferences
 from hf_scratch_gpt.alignment.reward import CHANCE
 from hf_scratch_gpt.evaluation.intervals import wilson
 from hf_scratch_gpt.evaluation.likelihood import answer_log_probabilities
@@ -29,11 +30,20 @@ from hf_scratch_gpt.runs import StageRun
 
 
 @dataclasses.dataclass
-class DPOArguments(TuningArguments, DPOConfig):
-    """Settings of `dpo`: `TuningArguments` and all of TRL's `DPOConfig` (`beta`, `loss_type`, ...).
+class DPOArguments(OwnAnswersArguments, TuningArguments, DPOConfig):
+    """Settings of `dpo`: `OwnAnswersArguments`, `TuningArguments` and all of TRL's `DPOConfig` (`beta`, ...).
 
     `precompute_ref_log_probs` scores the reference once instead of each epoch: it pays from the second epoch on.
     """
+
+    def check_inputs(self) -> None:
+        """Refuse settings without a model or data, or that make no pairs.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        super().check_inputs()
+        self.check_own_answers()
 
 
 Arguments = DPOArguments
@@ -70,15 +80,17 @@ def _align(arguments: DPOArguments, stage_run: StageRun) -> None:
     source = arguments.model_name_or_path
     tokenizer = load_tokenizer(source)
     max_length = context_length(source, arguments.max_length)
-    pairs = load_examples(arguments, "preferences", preference_encoder(tokenizer), max_length)
+    model = load_model(AutoModelForCausalLM, source, tokenizer)
+    own = own_preferences(arguments, model, tokenizer, stage_run) if arguments.own_answer_questions else None
+    pairs = load_examples(arguments, "preferences", preference_encoder(tokenizer), max_length, own)
 
     trainer = PairDPOTrainer(
-        model=load_model(AutoModelForCausalLM, source, tokenizer),
+        model=model,
         args=trainer_arguments(arguments, stage_run, max_length),
         train_dataset=pairs.train,
         eval_dataset=pairs.heldout,
         processing_class=tokenizer,
-        peft_config=make_lora_config(arguments, "CAUSAL_LM"),
+        peft_config=make_lora_config(arguments, "CAUSAL_LM", model),
     )
     first = pairs.train[: min(4, len(pairs.train))]
     sample = [prompt + answer for prompt, answer in zip(first["prompt_ids"], first["chosen_ids"], strict=True)]
@@ -86,6 +98,7 @@ def _align(arguments: DPOArguments, stage_run: StageRun) -> None:
     if not stage_run.is_main:
         return
     metrics |= {"pairs": len(pairs.train), "dropped_rows": pairs.dropped, "beta": arguments.beta}
+    metrics["preferences"] = "dataset" if own is None else "own answers"
     if pairs.heldout is not None:
         reference = load_model(AutoModelForCausalLM, source).to(model.device)
         options = (arguments.beta, arguments.per_device_eval_batch_size)

@@ -102,7 +102,7 @@ def _train_reward(arguments: RewardArguments, stage_run: StageRun) -> None:
         train_dataset=pairs.train,
         eval_dataset=pairs.heldout,
         processing_class=tokenizer,
-        peft_config=make_lora_config(arguments, "SEQ_CLS", modules_to_save=["score"]),
+        peft_config=make_lora_config(arguments, "SEQ_CLS", model, modules_to_save=("score",)),
     )
     sample = pairs.train[: min(4, len(pairs.train))]["chosen_ids"]
     model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)

@@ -11,6 +11,7 @@ import torch
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.arguments import check_trackers
 from hf_scratch_gpt.runs.hardware import has_fast_bf16, keep_freed_memory
+from hf_scratch_gpt.runs.values import nearest
 
 _PEFT_CHOICES = ("lora", "none")
 
@@ -37,6 +38,10 @@ class TuningArguments:
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
         lora_target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): Modules that get an
             adapter; `all-linear` leaves out the head.
+        lora_modules_to_save (`list[str]`, *optional*): Modules that are trained whole beside the adapters. `model.norm`,
+            the final norm, scales all logits alike, so it can sharpen or flatten what the model says in a few steps
+            (norms alone are enough for much of tuning: Zhao et al. 2023, https://arxiv.org/abs/2312.11420). One
+            learning rate serves both: `lora_alpha / lora_r` sets how much of it reaches the adapted weights.
         max_length (`int`, *optional*): Longest row in tokens, control tokens included; longer rows are dropped.
             Unset: the model's context.
 
@@ -74,6 +79,9 @@ class TuningArguments:
     lora_target_modules: str | list[str] = dataclasses.field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Names of the modules that get an adapter; all-linear leaves out the head."},
+    )
+    lora_modules_to_save: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "Modules trained whole beside the adapters, such as model.norm."}
     )
     max_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Longest row in tokens; unset: the model's context."}
@@ -129,11 +137,13 @@ class TuningArguments:
                 raise ValueError(f"'{name}' is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
 
 
-def make_lora_config(arguments: Any, task_type: str, modules_to_save: list[str] | None = None) -> Any:
-    """The `peft.LoraConfig` of a stage's settings, or `None` for `peft: none`.
+def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save: tuple[str, ...] = ()) -> Any:
+    """The `peft.LoraConfig` of a stage's settings for `model`, or `None` for `peft: none`.
+
+    `modules_to_save` are trained whole, beside those that the settings name.
 
     Raises:
-        ValueError: if the adapters target the head or the embedding. Tied to each other, merging one would change
+        ValueError: if a module to train whole does not exist; or if the adapters target the head or the embedding. Tied to each other, merging one would change
             both; and TRL multiplies with the head's plain weight, so an adapter on it would never train.
     """
     if arguments.peft == "none":
@@ -141,16 +151,21 @@ def make_lora_config(arguments: Any, task_type: str, modules_to_save: list[str] 
     from peft import LoraConfig
 
     targets = list(arguments.lora_target_modules)
-    for name in targets:
-        if name.rpartition(".")[2] in ("lm_head", "embed_tokens", "score"):
-            raise ValueError(f"'lora_target_modules': an adapter on '{name}' is not supported; leave it out")
+    for field in ("lora_target_modules", "lora_modules_to_save"):
+        for name in getattr(arguments, field):
+            if name.rpartition(".")[2] in ("lm_head", "embed_tokens", "score"):
+                raise ValueError(f"'{field}': '{name}' is not supported there; leave it out")
+    known = [name for name, _ in model.named_modules() if name]
+    for name in arguments.lora_modules_to_save:  # peft passes over a name that it does not find
+        if not any(module.endswith(name) for module in known):
+            raise ValueError(f"'lora_modules_to_save': the model has no module '{name}'{nearest(name, known)}")
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type=task_type,
-        modules_to_save=modules_to_save,
+        modules_to_save=[*modules_to_save, *arguments.lora_modules_to_save] or None,
     )
 
 

@@ -73,11 +73,12 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
 
     settings = trainer_arguments(arguments, stage_run, max_length)
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
-    lora = make_lora_config(arguments, "CAUSAL_LM")
+    model = load_model(AutoModelForCausalLM, arguments.model_name_or_path, tokenizer)
+    lora = make_lora_config(arguments, "CAUSAL_LM", model)
     if lora is not None:
         lora.trainable_token_indices = control_tokens_in(examples.train, tokenizer) or None
     trainer = ConversationTrainer(
-        model=load_model(AutoModelForCausalLM, arguments.model_name_or_path, tokenizer),
+        model=model,
         args=settings,
         train_dataset=examples.train,
         eval_dataset=examples.heldout,

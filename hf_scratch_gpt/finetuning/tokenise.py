@@ -80,18 +80,29 @@ class Examples:
     dropped: int
 
 
-def load_examples(arguments: Any, kind: str, encode: Callable[[dict], dict], max_length: int) -> Examples:
+def load_examples(
+    arguments: Any,
+    kind: str,
+    encode: Callable[[dict], dict],
+    max_length: int,
+    own_rows: list[dict] | None = None,
+) -> Examples:
     """Load and encode a stage's `conversations` or `preferences`, with its held-out rows.
+
+    `own_rows`, if given, are trained on in place of the data set's.
 
     Raises:
         ValueError: if a data set is empty, or a row is unusable (named by its number and beginning).
         OSError: if a data set is missing.
     """
+    from datasets import Dataset
+
     from hf_scratch_gpt.data import conversations
 
     load = {"conversations": conversations.load_conversations, "preferences": conversations.load_preferences}[kind]
     source, allow = arguments.dataset, arguments.allow_dropped_rows
-    rows, heldout = load(source, arguments.dataset_split), _load_heldout(arguments, load)
+    rows = load(source, arguments.dataset_split) if own_rows is None else Dataset.from_list(own_rows)
+    heldout = _load_heldout(arguments, load)
     heldout_source = arguments.eval_dataset or source
     if heldout is None and arguments.heldout_fraction > 0 and len(rows) > 1:
         count = max(1, round(arguments.heldout_fraction * len(rows)))

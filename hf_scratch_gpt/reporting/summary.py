@@ -62,7 +62,16 @@ _COPIED = {
         "length_correlation",
     ),
     "dpo": ("pairs", "steps", "beta", "preference_accuracy", "preference_accuracy_interval", "heldout_margin"),
-    "ppo": ("steps", "episodes", "reward_start", "reward_end", "kl", "share_ended", "response_length"),
+    "ppo": (
+        "checker_weight",
+        "steps",
+        "episodes",
+        "reward_start",
+        "reward_end",
+        "kl",
+        "share_ended",
+        "response_length",
+    ),
 }
 
 
@@ -223,7 +232,11 @@ def make_report(root: str | Path, wall_seconds: float) -> dict[str, Any]:
     if "reward" in stages:
         stages["reward"]["chance_level"] = 0.5
     if "reward_start" in stages.get("ppo", {}):
-        stages["ppo"]["reward_start_and_end_of"] = "learnt reward, normalised, of answers sampled to training prompts"
+        weight = stages["ppo"].get("checker_weight")
+        checked = f" plus {weight:g} times the checker's verdict" if weight else ""
+        stages["ppo"]["reward_start_and_end_of"] = (
+            f"learnt reward, normalised,{checked} of answers sampled to training prompts"
+        )
     if "evaluate" in runs:
         _add_evaluation(stages, runs)
     newest = max(runs.values(), key=lambda run: run.report.get("finished_at", ""))

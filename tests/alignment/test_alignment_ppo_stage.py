@@ -75,6 +75,29 @@ def make_arguments(inputs, output, **options):
     return parse_arguments(stage.Arguments, flags)
 
 
+def test_the_checkers_weight_enters_the_reward_that_is_maximised(inputs, tmp_path):
+    curves = {}
+    for weight in (0.0, 2.0):
+        options = {"checker_weight": weight, "total_episodes": 8, "missing_end_score": 100}
+        folder = stage.run(make_arguments(inputs, tmp_path / str(weight), **options))
+        curves[weight] = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+        assert read_metrics(folder)["metrics"]["checker_weight"] == weight
+    for without, with_checker in zip(curves[0.0], curves[2.0], strict=True):  # the same first rollout
+        assert without["completion"] == with_checker["completion"]
+        learnt, gold = (without["rewards"][name] for name in ("reward", "gold"))
+        assert without["reward"] == pytest.approx((learnt - 0.1) / 0.5, abs=1e-5)
+        assert with_checker["reward"] == pytest.approx((learnt - 0.1) / 0.5 + 2.0 * gold, abs=1e-5)
+
+
+def test_a_checkers_weight_without_task_questions_is_refused(inputs, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Which is red?"}]}] * 9
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments = make_arguments(inputs, tmp_path / "ppo", dataset=path, checker_weight=1.0)
+    with pytest.raises(ValueError, match="'checker_weight' is 1.0, but .* no task questions"):
+        stage.run(arguments)
+
+
 @pytest.mark.parametrize(("critic", "peft"), [("separate", "lora"), ("shared", "none")])
 def test_it_writes_a_complete_model_that_is_not_made_twice(inputs, tmp_path, critic, peft):
     arguments = make_arguments(inputs, tmp_path / "ppo", critic=critic, peft=peft)

@@ -1,6 +1,7 @@
 """A tuning stage's settings: from YAML, stable, with defaults that run on any machine."""
 
 import pytest
+from torch import nn
 
 from hf_scratch_gpt.alignment.dpo import Arguments as DPOArguments
 from hf_scratch_gpt.alignment.reward import Arguments as RewardArguments
@@ -67,13 +68,23 @@ def test_settings_that_cannot_work_are_refused_by_name(argument_class, recipe):
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
 def test_an_adapter_on_a_tied_head_or_embedding_is_refused(name):
-    arguments = SFTArguments(output_dir="out", lora_target_modules=["q_proj", name])
-    with pytest.raises(ValueError, match=name):
-        make_lora_config(arguments, "CAUSAL_LM")
+    for field in ("lora_target_modules", "lora_modules_to_save"):
+        arguments = SFTArguments(output_dir="out", **{field: ["q_proj", name]})
+        with pytest.raises(ValueError, match=f"'{field}': '{name}'"):
+            make_lora_config(arguments, "CAUSAL_LM", nn.Module())
 
 
 def test_no_adapter_without_peft():
-    assert make_lora_config(SFTArguments(output_dir="out", peft="none"), "CAUSAL_LM") is None
+    assert make_lora_config(SFTArguments(output_dir="out", peft="none"), "CAUSAL_LM", nn.Module()) is None
+
+
+def test_a_module_to_train_whole_that_does_not_exist_is_named_with_the_nearest():
+    model = nn.ModuleDict({"norm": nn.LayerNorm(2), "up_proj": nn.Linear(2, 2)})
+    arguments = SFTArguments(output_dir="out", lora_modules_to_save=["nrom"])
+    with pytest.raises(ValueError, match="no module 'nrom'; did you mean 'norm'"):
+        make_lora_config(arguments, "CAUSAL_LM", model)
+    arguments.lora_modules_to_save = ["norm"]
+    assert make_lora_config(arguments, "SEQ_CLS", model, ("score",)).modules_to_save == ["score", "norm"]
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])

@@ -36,6 +36,9 @@ class PPOArguments(TuningArguments, PPOConfig):
         reward_model (`str`): Folder or Hub id of a sequence classifier with one label and the policy's tokenizer.
         eval_prompts (`int`, *optional*, defaults to `256`): Held-out prompts on which the trained policy is measured
             (the first ones of `eval_dataset`, or of the prepare folder's held-out tasks); 0 measures none.
+        checker_weight (`float`, *optional*, defaults to `0.0`): Weight of the checker's own verdict on the answer to a
+            task question, added to the reward model's score: a reward that can be verified and cannot be exploited
+            (Lambert et al. 2024, https://arxiv.org/abs/2411.15124). At 0 it is only logged.
         bf16 (`bool`, *optional*, defaults to `False`): bf16 autocast in sampling, log-probabilities and training
             alike. Off by default: its rounding is noise in the probability ratios.
     """
@@ -47,6 +50,9 @@ class PPOArguments(TuningArguments, PPOConfig):
     )
     eval_prompts: int = dataclasses.field(
         default=256, metadata={"help": "Held-out prompts on which the trained policy is measured; 0 for none."}
+    )
+    checker_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "Weight of the checker's verdict on task questions, beside the reward model's."}
     )
     heldout_fraction: float = dataclasses.field(
         default=0.0, metadata={"help": "Share of dataset to hold out where no other held-out data is given."}
@@ -96,20 +102,27 @@ def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
     rewards: list[Any] = [arguments.reward_model]
     trainer_args = trainer_arguments(arguments, stage_run, max_length)
     if all(row.get("answer") and "family" in row for row in prompts + heldout):
-        # Logged beside the reward model's, never trained on: it shows where the policy begins to exploit the latter.
+        # At weight 0 it is only logged: it shows where the policy begins to exploit the reward model.
         rewards.append(gold)
-        trainer_args.reward_weights = [*(arguments.reward_weights or [1.0]), 0.0]
+        trainer_args.reward_weights = [*(arguments.reward_weights or [1.0]), arguments.checker_weight]
+    elif arguments.checker_weight:
+        raise ValueError(
+            f"'checker_weight' is {arguments.checker_weight}, but {arguments.dataset} has rows that are no task "
+            "questions (no 'answer' and 'family'), which the checker cannot judge"
+        )
+    model = load_model(AutoModelForCausalLM, source, tokenizer)
     trainer = PPOTrainer(
-        model=load_model(AutoModelForCausalLM, source, tokenizer),
+        model=model,
         reward_funcs=rewards,
         args=trainer_args,
         train_dataset=prompts,
         eval_dataset=heldout or None,
         processing_class=tokenizer,
-        peft_config=make_lora_config(arguments, "CAUSAL_LM"),
+        peft_config=make_lora_config(arguments, "CAUSAL_LM", model),
     )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     metrics: dict[str, Any] = {"trainable_parameters": trained, "critic": arguments.critic}
+    metrics["checker_weight"] = arguments.checker_weight
     started = time.monotonic()
     train(trainer, stage_run)
     metrics["train_seconds"] = time.monotonic() - started
