@@ -38,8 +38,8 @@ class TuningArguments:
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
         lora_target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): Modules that get an
             adapter; `all-linear` leaves out the head.
-        lora_modules_to_save (`list[str]`, *optional*): Modules that are trained whole beside the adapters. `model.norm`,
-            the final norm, scales all logits alike, so it can sharpen or flatten what the model says in a few steps
+        lora_modules_to_save (`list[str]`, *optional*): Modules that are trained whole beside the adapters. The final
+            norm, `model.norm`, scales all logits, so that it can sharpen or flatten what the model says in a few steps
             (norms alone are enough for much of tuning: Zhao et al. 2023, https://arxiv.org/abs/2312.11420). One
             learning rate serves both: `lora_alpha / lora_r` sets how much of it reaches the adapted weights.
         max_length (`int`, *optional*): Longest row in tokens, control tokens included; longer rows are dropped.
@@ -143,8 +143,9 @@ def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save
     `modules_to_save` are trained whole, beside those that the settings name.
 
     Raises:
-        ValueError: if a module to train whole does not exist; or if the adapters target the head or the embedding. Tied to each other, merging one would change
-            both; and TRL multiplies with the head's plain weight, so an adapter on it would never train.
+        ValueError: if a module to train whole does not exist; or if the adapters target the head or the embedding:
+            tied to each other, merging one would change both; and TRL multiplies with the head's plain weight, so an
+            adapter on it would never train.
     """
     if arguments.peft == "none":
         return None

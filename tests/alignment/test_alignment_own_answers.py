@@ -1,6 +1,7 @@
 """DPO on the model's own answers: right ones against wrong ones, of questions that it answered both ways."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,10 @@ def align(folder, model, questions, **more):
 def test_it_trains_on_pairs_of_its_own_making_and_trains_the_norm_whole(model, questions, tmp_path):
     folder = align(tmp_path / "dpo", model, questions)
     pairs = [json.loads(line) for line in (folder / OWN_ANSWERS_FILE).read_text().splitlines()]
-    truth = {row["prompt"][0]["content"]: row["completion"] for row in map(json.loads, open(questions))}
+    truth = {
+        row["prompt"][0]["content"]: row["completion"]
+        for row in map(json.loads, Path(questions).read_text().splitlines())
+    }
     assert pairs
     assert all(pair["chosen"] == truth[pair["prompt"][0]["content"]] != pair["rejected"] for pair in pairs)
     metrics = read_metrics(folder)["metrics"]

@@ -94,7 +94,7 @@ def test_a_checkers_weight_without_task_questions_is_refused(inputs, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     arguments = make_arguments(inputs, tmp_path / "ppo", dataset=path, checker_weight=1.0)
-    with pytest.raises(ValueError, match="'checker_weight' is 1.0, but .* no task questions"):
+    with pytest.raises(ValueError, match=r"'checker_weight' is 1\.0, but .* no task questions"):
         stage.run(arguments)
 
 
