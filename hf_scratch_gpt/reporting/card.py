@@ -15,7 +15,7 @@ _WHAT = {
     "pretrain": "A base language model, trained from scratch.",
     "sft": "An instruction-tuned language model.",
     "dpo": "A language model aligned by direct preference optimisation.",
-    "ppo": "A language model aligned by PPO against a learnt reward model, and a checker if `checker_weight` is above 0.",
+    "ppo": "A language model aligned by PPO against a learnt reward model, and a checker where one has a weight.",
 }
 _WHAT_MASKED = "A masked language model, trained from scratch, which fills in tokens and writes no text."
 # What a card shows of its stage's part of the report: key and label, in this order.
