@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ScratchGPTConfig: one configuration for GPT-1, GPT-2, GPT-3 and modern (Qwen3) maths.
 
 This file travels to the Hub beside the weights, so it imports nothing but transformers and its dependencies.
