@@ -313,6 +313,14 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        """Hidden states of `input_ids`, (batch, tokens), or of `inputs_embeds`, (batch, tokens, hidden_size).
+
+        `attention_mask` (batch, past and present tokens) is 0 at padding; `position_ids` (batch, tokens) start again
+        at 0 with each packed document.
+
+        Raises:
+            ValueError: if both inputs are given or neither, or if there are more tokens than learned positions.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:

@@ -1,9 +1,9 @@
 """Fetch transformers' own test mixins: `python tests/conformance/fetch.py` prints the folder that holds them.
 
-They are in the source distribution of transformers and not in its wheel. pip downloads the one of exactly the installed
-version (and checks it against the index's sha256); only its `tests/` is unpacked, as the package `transformers_tests`
-in a cache folder outside the repository (`SCRATCH_GPT_TEST_CACHE`, by default `~/.cache/hf_scratch_gpt`). A few modules
-that the mixins import are left out of the source distribution: `stand_ins/` has ours.
+They are in the source distribution of transformers and not in its wheel. pip downloads the one of exactly the
+installed version (and checks it against the index's sha256); only its `tests/` is unpacked, as the package
+`transformers_tests` in a cache folder outside the repository (`SCRATCH_GPT_TEST_CACHE`, by default
+`~/.cache/hf_scratch_gpt`). A few modules that the mixins import are left out of it: `stand_ins/` has ours.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""All ways to generate agree with each other: caches, batching, assistants, and continuous batching, on every kind of model."""
+"""All ways to generate agree: caches, batching, drafts and continuous batching, on every kind of model."""
 
 import pytest
 import torch

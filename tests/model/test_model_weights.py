@@ -1,4 +1,4 @@
-"""Weights in every form that loaders ask for: types, shards, devices, none at all, another vocabulary; and attention's backends."""
+"""Weights in every form: types, shards, devices, no memory, another vocabulary; and attention in every backend."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Stands in for the generation mixin, which the source distribution leaves out: the model mixin asks for it by name."""
+"""Stands in for the generation mixin, which the source distribution leaves out and the model mixin asks for."""
 
 
 class GenerationTesterMixin:
