@@ -34,7 +34,8 @@ def documented_by_a_base(path: Path, name: str) -> bool:
     """Whether `Class.method` overrides a method that has a docstring, as `forward` does torch's."""
     owner, _, method = name.partition(".")
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return bool(method) and any(inspect.getdoc(vars(base).get(method)) for base in getattr(module, owner).__mro__[1:])
+    bases = getattr(module, owner).__mro__[1:] if method else ()
+    return any(inspect.getdoc(vars(base)[method]) for base in bases if method in vars(base))
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())

@@ -153,6 +153,9 @@ class ScratchGPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None
+        if self.mlp_type == "dense":  # a plan names no layer that is not there
+            plan = self.base_model_tp_plan.items()
+            self.base_model_tp_plan = {name: how for name, how in plan if not name.endswith("gate_proj")}
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self):

@@ -94,6 +94,26 @@ class Variant(
         ConfigTester(self, config_class=ScratchGPTConfig, **fields).run_common_tests()
 
 
+class WithoutRotaryPositions:
+    """The mixin scales the rotation of each configuration that has `rope_parameters`, which ours always has."""
+
+    @unittest.skip(reason="positions are learned: there is no rotation to scale")
+    def test_model_rope_scaling_from_config_0_linear(self):
+        pass
+
+    @unittest.skip(reason="positions are learned: there is no rotation to scale")
+    def test_model_rope_scaling_from_config_1_dynamic(self):
+        pass
+
+    @unittest.skip(reason="positions are learned: there is no rotation to scale")
+    def test_model_rope_scaling_from_config_2_yarn(self):
+        pass
+
+    @unittest.skip(reason="positions are learned: there is no rotation")
+    def test_model_rope_with_partial_rotation(self):
+        pass
+
+
 class TiedTest(Variant, unittest.TestCase):
     """The modern preset: RMSNorm, QK-norm, rotary positions, grouped keys, tied head."""
 
@@ -104,13 +124,13 @@ class UntiedTest(Variant, unittest.TestCase):
     fields = {**Variant.fields, "tie_word_embeddings": False}
 
 
-class LearnedPositionsTest(Variant, unittest.TestCase):
+class LearnedPositionsTest(WithoutRotaryPositions, Variant, unittest.TestCase):
     """GPT-2: learned positions, LayerNorm, dense MLP, biases."""
 
     preset, fields = "gpt2-124m", {}
 
 
-class PostNormTest(Variant, unittest.TestCase):
+class PostNormTest(WithoutRotaryPositions, Variant, unittest.TestCase):
     """GPT-1: as GPT-2, with norms after the residual sums."""
 
     preset, fields = "gpt1", {}

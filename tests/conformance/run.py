@@ -1,6 +1,7 @@
 """Run transformers' own test mixins on our classes, one variant after the other: `python tests/conformance/run.py`.
 
-    python tests/conformance/run.py                         # all variants and the tokenizer
+    pip install -e ".[test,conformance]"
+    python tests/conformance/run.py                         # all variants, the tokenizer, and the linter
     python tests/conformance/run.py TiedTest -k "not fsdp"  # one; what follows the names goes to pytest
 
 The first run downloads the mixins (see fetch.py; pip, 10 MB); later ones need no network. Exit status 1 if any fails.
@@ -21,6 +22,7 @@ SUITES = {
     "PostNormTest": "model_mixins.py",
     "SlidingWindowTest": "model_mixins.py",
     "TokenizerTest": "tokenizer_mixins.py",
+    "TestLinter": "linter.py",
 }
 
 
