@@ -7,6 +7,7 @@ Makes a virtual environment for each, in a temporary folder, with torch, transfo
 without this package; writes the folders here; and runs there, offline, what tests/model/test_model_loading.py runs.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -41,9 +42,13 @@ def main(versions: list[str]) -> int:
     """Check each version and say which passed; 1 if any failed."""
     from conftest import make_model
     from test_model_loading import assert_works_without_the_package, save_every_class
+    from transformers.utils import logging
 
     from hf_scratch_gpt.model import ScratchGPTTokenizer
 
+    os.environ.pop("PYTHONPATH", None)  # pip would take what lies there for installed
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     checked, failed = set(), []
     tokenizer = ScratchGPTTokenizer.train(["The user asks and the assistant answers.\n"] * 20, 300)
     for requirement in [f"transformers=={name}" for name in versions] or declared():

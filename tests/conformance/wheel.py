@@ -38,6 +38,8 @@ def build(folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """The exit status of pytest in the environment that has only the wheel."""
+    os.environ.pop("PYTHONPATH", None)  # pip would take what lies there for installed
+    os.environ.setdefault("SCRATCH_GPT_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         wheel = build(folder)
@@ -50,13 +52,10 @@ def main(arguments: list[str]) -> int:
         for name in BESIDE:
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, away / name)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        data = ROOT.parent / "shared" / "data"
-        environment.setdefault("SCRATCH_GPT_TEST_DATA", str(data))
         where = "import hf_scratch_gpt; print(hf_scratch_gpt.__file__)"
-        found = subprocess.run([python, "-c", where], cwd=away, env=environment, capture_output=True, text=True)
+        found = subprocess.run([python, "-c", where], cwd=away, capture_output=True, text=True)
         assert str(folder / "venv") in found.stdout, f"not the wheel's package: {found.stdout}{found.stderr}"
-        return subprocess.run([python, "-m", "pytest", *arguments], cwd=away, env=environment).returncode
+        return subprocess.run([python, "-m", "pytest", *arguments], cwd=away).returncode
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # ruff: noqa: E402, PT017 (the package is hidden before anything is imported; a script is no pytest)
-"""Load saved models by `trust_remote_code` where this package is not installed: a script, run by test_model_loading.py.
+"""Load saved models by `trust_remote_code` where this package is not installed: test_model_loading.py runs this.
 
 `python -I without_the_package.py FOLDER` writes what each model in the folder computes, and checks what only this
 process can see. It imports nothing but transformers, torch and safetensors.
