@@ -11,6 +11,7 @@ nothing.
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -294,6 +295,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # Not asked of the layers: a pipeline replaces those of its other stages.
+        self.layer_types = cast(list[str], config.layer_types)  # the config fills it in
         self.layers = nn.ModuleList([ScratchGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         # CODEPATH: gpt1 ends its last layer with a norm; all others have this one.
         self.norm = make_norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
@@ -342,7 +345,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # early-exit drafting lowers it
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[self.config.layer_types[index]],
+                attention_mask=masks[self.layer_types[index]],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -371,7 +374,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for layer_type in dict.fromkeys(self.config.layer_types)
+            for layer_type in dict.fromkeys(self.layer_types)
         }
 
     @staticmethod
