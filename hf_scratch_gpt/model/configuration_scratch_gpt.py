@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ScratchGPTConfig: one configuration for GPT-1, GPT-2, GPT-3 and modern (Qwen3) maths.
 
 This file travels to the Hub beside the weights, so it imports nothing but transformers and its dependencies.
@@ -159,6 +160,9 @@ class ScratchGPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None
+        if self.mlp_type == "dense":  # a plan names no layer that is not there
+            plan = self.base_model_tp_plan.items()
+            self.base_model_tp_plan = {name: how for name, how in plan if not name.endswith("gate_proj")}
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ScratchGPT decoder in one file: trunk, causal and masked language model, sequence and token classification.
 
 With the modern preset it computes exactly what transformers' Qwen3 computes, under the same parameter names; with the
@@ -11,6 +12,7 @@ nothing. The masked language model is the same trunk with attention in both dire
 import copy
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -66,6 +68,7 @@ class ScratchGPTRMSNorm(nn.Module):
 
 def make_norm(config: PreTrainedConfig, size: int) -> nn.Module:
     """The norm that the config asks for, over `size` channels."""
+    # CODEPATH: gpt1, gpt2-* and gpt3-* have LayerNorm; modern-* have RMSNorm.
     if config.norm_type == "layer_norm":
         return nn.LayerNorm(size, eps=config.layer_norm_eps)
     return ScratchGPTRMSNorm(size, eps=config.rms_norm_eps)
@@ -92,8 +95,8 @@ class ScratchGPTRotaryEmbedding(nn.Module):
             compute_parameters = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = compute_parameters(config)
         # Not in the checkpoint: the base `_init_weights` rebuilds both, by these names, after loading.
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
@@ -171,8 +174,9 @@ class ScratchGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.o_proj = make_residual_projection(query_size, config.hidden_size, bias=bias)
+        # CODEPATH: modern-* norm queries and keys; gpt1, gpt2-* and gpt3-* do not.
         self.q_norm = make_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()  # CODEPATH: as above
         # A module and not a number, so that whoever switches off a model's dropout finds it.
         self.dropout = nn.Dropout(config.attention_dropout)
 
@@ -217,6 +221,7 @@ class ScratchGPTMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        # CODEPATH: modern-* have the gate; gpt1, gpt2-* and gpt3-* do not.
         self.gate_proj = nn.Linear(outer, inner, bias=bias) if config.mlp_type == "swiglu" else None
         self.up_proj = nn.Linear(outer, inner, bias=bias)
         self.down_proj = make_residual_projection(inner, outer, bias=bias)
@@ -233,7 +238,6 @@ class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.layer_type = config.layer_types[layer_idx]
         self.norm_first = config.norm_position == "pre"
         self.self_attn = ScratchGPTAttention(config, layer_idx)
         self.mlp = ScratchGPTMLP(config)
@@ -319,7 +323,10 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # Not asked of the layers: a pipeline replaces those of its other stages.
+        self.layer_types = cast(list[str], config.layer_types)  # the config fills it in
         self.layers = nn.ModuleList([ScratchGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # CODEPATH: gpt1 ends its last layer with a norm; all others have this one.
         self.norm = make_norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = None if learned else ScratchGPTRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -337,6 +344,14 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        """Hidden states of `input_ids`, (batch, tokens), or of `inputs_embeds`, (batch, tokens, hidden_size).
+
+        `attention_mask` (batch, past and present tokens) is 0 at padding; `position_ids` (batch, tokens) start again
+        at 0 with each packed document.
+
+        Raises:
+            ValueError: if both inputs are given or neither, or if there are more tokens than learned positions.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
@@ -354,16 +369,17 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states, position_embeddings = inputs_embeds, None
-        if self.embed_positions is not None:
+        # In a pipeline (https://arxiv.org/abs/1811.06965) only the stage that has the first layer adds positions.
+        if self.embed_positions is not None and not isinstance(self.layers[0], nn.Identity):
             self._check_length(inputs_embeds, past_key_values)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit drafting lowers it for a while
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # early-exit drafting lowers it
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer.layer_type],
+                attention_mask=masks[self.layer_types[index]],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -394,7 +410,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers)
+            for layer_type in dict.fromkeys(self.layer_types)
         }
 
     def _bidirectional_masks(self, inputs_embeds, attention_mask, position_ids) -> dict:
@@ -403,7 +419,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         if position_ids is not None and attention_mask is None:
             documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         masks = {}
-        for layer_type in dict.fromkeys(layer.layer_type for layer in self.layers):
+        for layer_type in dict.fromkeys(self.layer_types):
             rules = [] if documents is None else [packed_sequence_mask_function(documents)]
             if layer_type == "sliding_attention" and self.config.sliding_window is not None:
                 rules.append(bidirectional_window(self.config.sliding_window))
@@ -476,6 +492,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        # CODEPATH: no preset caps its logits; Gemma's checkpoints do.
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None

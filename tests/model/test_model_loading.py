@@ -2,99 +2,77 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     pipeline,
 )
 
-from hf_scratch_gpt.model import ScratchGPTForMaskedLM, ScratchGPTForSequenceClassification, ScratchGPTTokenizer
+from hf_scratch_gpt.model import _MODELS, ScratchGPTForMaskedLM, ScratchGPTTokenizer
 
-# Runs where the package cannot be imported, as on a machine that only has transformers.
-WITHOUT_THE_PACKAGE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_scratch_gpt":
-            raise ModuleNotFoundError("No module named 'hf_scratch_gpt'", name="hf_scratch_gpt")
-
-sys.meta_path.insert(0, Absent())
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-folder = sys.argv[1]
-inputs = load_file(f"{folder}/inputs.safetensors")["input_ids"]
-logits = {}
-for kind in ("modern", "gpt2"):
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{kind}", trust_remote_code=True).eval()
-    with torch.no_grad():
-        logits[kind] = model(inputs).logits
-    try:
-        type(model.config).from_preset("modern-5m")
-    except ImportError as error:
-        assert "pip install hf_scratch_gpt" in str(error)
-    else:
-        raise AssertionError("the package was found after all")
-model.generate(inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
-reward = AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", trust_remote_code=True).eval()
-with torch.no_grad():
-    logits["reward"] = reward(inputs[:1]).logits
-fill = pipeline("fill-mask", model=f"{folder}/masked", trust_remote_code=True)
-assert type(fill.model).__name__ == "ScratchGPTForMaskedLM"
-assert not fill.model.config.is_causal
-logits["masked"] = fill.model(**fill.tokenizer("The user <|mask|> and", return_tensors="pt")).logits.detach()
-assert fill("The user <|mask|> and")[0]["token"] == logits["masked"][0].softmax(-1)[-2].argmax().item()
-save_file(logits, f"{folder}/logits.safetensors")
-model.save_pretrained(f"{folder}/saved-again")
-tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
-print(tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)["input_ids"])
-assert "hf_scratch_gpt" not in sys.modules
-"""
+SCRIPT = Path(__file__).with_name("without_the_package.py")
 
 
-def test_folder_works_in_a_process_without_the_package(model_factory, tokenizer, tmp_path):
+def save_every_class(folder: Path, model_factory, tokenizer) -> dict[str, torch.Tensor]:
+    """Write a folder for each kind of model and Auto class, and what each computes: {"kind/class": first output}."""
     input_ids = torch.randint(0, 128, (2, 16))
     expected = {}
-    for kind in ("modern", "gpt2"):
-        model = model_factory(kind)
-        model.save_pretrained(tmp_path / kind)
-        expected[kind] = model(input_ids).logits
-    model_factory().save_pretrained(tmp_path / "base")
-    reward = ScratchGPTForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1).eval()
-    reward.save_pretrained(tmp_path / "reward")
-    expected["reward"] = reward(input_ids[:1]).logits
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    mask_tokenizer = ScratchGPTTokenizer.train(["The user asks and the assistant answers"] * 9, 300, mask_token=True)
-    masked = ScratchGPTForMaskedLM(model_factory(vocab_size=len(mask_tokenizer)).config).eval()
-    masked.save_pretrained(tmp_path / "masked")
-    mask_tokenizer.save_pretrained(tmp_path / "masked")
-    expected["masked"] = masked(**mask_tokenizer("The user <|mask|> and", return_tensors="pt")).logits
-    save_file({"input_ids": input_ids}, tmp_path / "inputs.safetensors")
+    for kind in ("modern", "gpt2", "sliding"):
+        trunk = model_factory(kind)
+        trunk.save_pretrained(folder / "trunk")
+        for auto_class, model_class in _MODELS.items():
+            name = f"{kind}/{auto_class.__name__}"
+            torch.manual_seed(0)
+            model = model_class.from_pretrained(folder / "trunk", pad_token_id=0).eval()
+            model.save_pretrained(folder / name)
+            with torch.no_grad():
+                expected[name] = model(input_ids)[0].contiguous()
+        shutil.rmtree(folder / "trunk")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    expected["fill-mask"] = save_a_masked_model(folder / "masked", model_factory)
+    save_file({"input_ids": input_ids}, folder / "inputs.safetensors")
+    return expected
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+
+def save_a_masked_model(folder: Path, model_factory) -> torch.Tensor:
+    """Write a masked model beside a tokenizer that has a mask token; its logits of one sentence."""
+    tokenizer = ScratchGPTTokenizer.train(["The user asks and the assistant answers"] * 9, 300, mask_token=True)
+    masked = ScratchGPTForMaskedLM(model_factory(vocab_size=len(tokenizer)).config).eval()
+    masked.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.no_grad():
+        return masked(**tokenizer("The user <|mask|> and", return_tensors="pt")).logits
+
+
+def assert_works_without_the_package(folder: Path, python: str, expected: dict[str, torch.Tensor], tokenizer) -> None:
+    """Run the script beside this file on the folder, offline, with that interpreter, and compare what it computed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [python, "-I", str(SCRIPT), str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, cwd=folder)
     assert result.returncode == 0, result.stderr[-3000:]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert json.loads(result.stdout.splitlines()[-1]) == chat["input_ids"]
-    actual = load_file(tmp_path / "logits.safetensors")
-    for name, logits in expected.items():
-        torch.testing.assert_close(actual[name], logits.detach(), atol=1e-6, rtol=1e-6)
+    actual = load_file(folder / "outputs.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, output in expected.items():
+        torch.testing.assert_close(actual[name], output, atol=1e-6, rtol=1e-6)
 
+
+def test_folder_works_in_a_process_without_the_package(model_factory, tokenizer, tmp_path):
+    expected = save_every_class(tmp_path, model_factory, tokenizer)
+    assert_works_without_the_package(tmp_path, sys.executable, expected, tokenizer)
+    input_ids = load_file(tmp_path / "inputs.safetensors")["input_ids"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved-again").eval()
-    torch.testing.assert_close(again(input_ids).logits, expected["gpt2"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(again(input_ids).logits, expected["gpt2/AutoModelForCausalLM"], atol=1e-6, rtol=1e-6)
 
 
 def test_every_head_carries_the_code_and_the_whole_auto_map(model_factory, tmp_path):
@@ -103,15 +81,8 @@ def test_every_head_carries_the_code_and_the_whole_auto_map(model_factory, tmp_p
     assert written == {"configuration_scratch_gpt.py", "modeling_scratch_gpt.py"}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map.pop("AutoConfig") == "configuration_scratch_gpt.ScratchGPTConfig"
-    classes = [
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    ]
-    assert set(auto_map) == {auto_class.__name__ for auto_class in classes}
-    for auto_class in classes:
+    assert set(auto_map) == {auto_class.__name__ for auto_class in _MODELS}
+    for auto_class in _MODELS:
         model = auto_class.from_pretrained(tmp_path)
         assert f"modeling_scratch_gpt.{type(model).__name__}" == auto_map[auto_class.__name__]
         assert type(model).__module__ == "hf_scratch_gpt.model.modeling_scratch_gpt"

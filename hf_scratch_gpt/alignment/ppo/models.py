@@ -44,6 +44,7 @@ class PolicyWithCritic(nn.Module):
         return logits, values.float()
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """What `activation_checkpointing_enable` does, under the name that models have for it."""
         self.activation_checkpointing_enable(**kwargs)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:

@@ -24,6 +24,7 @@ class Prompt:
 
     @property
     def is_conversation(self) -> bool:
+        """Whether the prompt is a list of messages and not plain text."""
         return not isinstance(self.content, str)
 
 

@@ -89,6 +89,7 @@ def _usage(definition: Definition, random: Random) -> str:
 
 
 def module_of(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """Which module provides this name? It shows a line that uses it, often among others; `None` for a method."""
     if definition.kind == "method":
         return None
     blocks = [_usage(definition, random)]
@@ -105,6 +106,7 @@ def module_of(definition: Definition, pool: Pool, random: Random) -> Question | 
 
 
 def module_closed_book(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """Which module provides this name? Nothing is shown; `None` outside the pool's closed-book names."""
     if definition not in pool.closed_book:
         return None
     wrong = _unique(_several(definition, pool.closed_book, lambda d: d.module, random), definition.module)
@@ -144,6 +146,7 @@ def _code_with_distractor(
 
 
 def summary(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """What does this do? The answer is its docstring's first line, which is shown; `None` without one."""
     if not definition.summary or not definition.header:
         return None
     code, other = _code_with_distractor(
@@ -186,6 +189,7 @@ def _arguments(signature: str) -> list[str]:
 
 
 def signature(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """How is this called? The answer is `name(arguments)`, as shown; `None` where it is too long."""
     if definition.kind == "class" or not definition.header or len(definition.signature) > 70:
         return None
     show = random.choice((_as_help, _with_docstring)) if definition.summary else _without_body
@@ -207,6 +211,7 @@ def signature(definition: Definition, pool: Pool, random: Random) -> Question | 
 
 
 def complete_call(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """Complete a call that begins with some of the required arguments; `None` where there are none."""
     required = definition.required
     if not required or not definition.header or definition.kind == "class":
         return None
@@ -225,6 +230,7 @@ def complete_call(definition: Definition, pool: Pool, random: Random) -> Questio
 
 
 def parameter(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """What is the first, or the last, parameter's name? `None` with fewer than two."""
     names = definition.parameters
     if len(names) < 2 or not definition.header:
         return None
@@ -243,6 +249,7 @@ def parameter(definition: Definition, pool: Pool, random: Random) -> Question | 
 
 
 def default(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """What is a parameter's default value? `None` where no parameter has one."""
     if not definition.defaults or not definition.header:
         return None
     # None and False are the default of most parameters; others are preferred where there is a choice.
@@ -258,6 +265,7 @@ def default(definition: Definition, pool: Pool, random: Random) -> Question | No
 
 
 def class_base(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """From which class does this class inherit? `None` where it has no base."""
     if not definition.base:
         return None
     show = random.choice((_with_docstring, _without_body))
@@ -270,6 +278,7 @@ def class_base(definition: Definition, pool: Pool, random: Random) -> Question |
 
 
 def returns(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """What does this return? The answer is the returned expression as source; `None` where there is none."""
     if not definition.returned or not definition.header:
         return None
     code, other = _code_with_distractor(
@@ -292,6 +301,7 @@ def returns(definition: Definition, pool: Pool, random: Random) -> Question | No
 
 
 def raises(definition: Definition, pool: Pool, random: Random) -> Question | None:
+    """Which exception does this raise? `None` where it raises none."""
     name, _ = definition.raised
     if not name or not definition.header:
         return None
