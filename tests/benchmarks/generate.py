@@ -5,8 +5,8 @@
 
 Every case is greedy decoding of random weights with a prompt of random tokens. The models take turns in each repeat, in
 an order that changes, and a ratio is taken within a repeat: what else the machine does meets all of them. Sizes are
-equal within 1%: Qwen3 has exactly our shape, GPT-2 the same width, depth and vocabulary, and our MLP is widened to its
-number of parameters.
+equal within 1%: Qwen3 has exactly our shape; GPT-2 has our width, depth and vocabulary, and our MLP is as wide as gives
+its number of parameters.
 """
 
 import argparse

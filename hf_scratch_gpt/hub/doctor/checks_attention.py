@@ -38,6 +38,7 @@ def _with_probe(subject: Subject, look: Callable[[dict[str, Any]], None], **inpu
     remedy="take **kwargs in forward(), trunk, layer and attention, and pass them down: packing and vLLM need it",
 )
 def attention_kwargs(subject: Subject) -> Finding:
+    """Whether what is given to `forward` as keyword arguments reaches the attention function."""
     if not subject.model._supports_attention_backend:
         raise Skipped("the model does not declare `_supports_attention_backend`")
     calls: list[bool] = []
@@ -51,6 +52,7 @@ def attention_kwargs(subject: Subject) -> Finding:
     remedy="compare scaling, mask, softmax in fp32 and grouped keys in eager_attention_forward with SDPA's",
 )
 def eager_sdpa(subject: Subject) -> Finding:
+    """Whether written-out attention and torch's fused attention give the same logits."""
     if not subject.model._supports_sdpa:
         raise Skipped("the model does not declare `_supports_sdpa`")
     return _equal(subject, "eager", "sdpa")
@@ -62,6 +64,7 @@ def eager_sdpa(subject: Subject) -> Finding:
     remedy="hand the mask that create_causal_mask makes to the attention function unchanged",
 )
 def flex_attention(subject: Subject) -> Finding:
+    """Whether flex attention, where the model declares it, gives the logits of the others."""
     if not subject.model._supports_flex_attn:
         raise Skipped("the model does not declare `_supports_flex_attn`")
     _try_flex()

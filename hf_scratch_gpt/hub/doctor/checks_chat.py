@@ -38,6 +38,7 @@ def _messages(tokenizer: Any) -> list[dict[str, str]]:
     remedy="render message.content of each role, and raise_exception for roles that are not supported",
 )
 def chat_roles(subject: Subject) -> Finding:
+    """Whether the template renders system, user and assistant messages with all of their text."""
     tokenizer = subject.needs_chat_template()
     messages = _messages(tokenizer)
     text = _render(tokenizer, messages)
@@ -52,6 +53,7 @@ def chat_roles(subject: Subject) -> Finding:
     remedy="end the prompt exactly where the assistant's own words begin",
 )
 def chat_generation_prompt(subject: Subject) -> Finding:
+    """Whether a prompt with `add_generation_prompt` is how the whole conversation begins."""
     tokenizer = subject.needs_chat_template()
     messages = _messages(tokenizer)
     prompt, whole = _render(tokenizer, messages[:-1], add_generation_prompt=True), _render(tokenizer, messages)
@@ -89,6 +91,7 @@ def _answer(tokenizer: Any) -> _Answer:
     remedy="write the end token before {% endgeneration %}: a model never learns to stop where it is not trained to",
 )
 def chat_trained_mask(subject: Subject) -> Finding:
+    """Whether `{% generation %}` marks the assistant's text and nothing of the user's."""
     tokenizer = subject.needs_chat_template()
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         raise Skipped("the template has no {% generation %}, so it tells no trained part")
@@ -110,6 +113,7 @@ def chat_trained_mask(subject: Subject) -> Finding:
     remedy="write the end token after each answer, and name it in generation_config.eos_token_id",
 )
 def chat_end_token(subject: Subject) -> Finding:
+    """Whether the trained part of a rendered answer holds the token that ends it."""
     tokenizer = subject.needs_chat_template()
     answer = _answer(tokenizer)
     if answer.end is None:
@@ -126,6 +130,7 @@ def chat_end_token(subject: Subject) -> Finding:
     remedy="encode conversations with hf_scratch_gpt.model.encode_conversation, never the rendered text as a whole",
 )
 def chat_control_tokens(subject: Subject) -> Finding:
+    """Whether control tokens in a user's text stay text when a conversation is encoded."""
     tokenizer = subject.needs_chat_template()
     controls = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=str)
     controls = [token for token in controls if not token.isspace()]
@@ -147,6 +152,7 @@ def chat_control_tokens(subject: Subject) -> Finding:
     remedy="let either the template write it or the tokenizer add it, not both",
 )
 def chat_bos(subject: Subject) -> Finding:
+    """Whether a rendered conversation begins with one beginning-of-text token and not two."""
     tokenizer = subject.needs_chat_template()
     if tokenizer.bos_token_id is None:
         raise Skipped("the tokenizer has no beginning-of-text token")

@@ -15,6 +15,7 @@ CHECKS = Checks()
     remedy="look for an attention mask or a residual path that cuts earlier tokens off",
 )
 def looks_back(subject: Subject) -> Finding:
+    """Whether the first token matters to later logits at all; without it other checks could find nothing."""
     if subject.forward_error:
         return Finding(False, subject.forward_error)
     stirred = " (random numbers added to untrained weights, in memory)" if subject.stirred else ""
@@ -28,6 +29,7 @@ def looks_back(subject: Subject) -> Finding:
     remedy="make dropout depend on `self.training` (nn.Dropout, or p=0.0 when not training)",
 )
 def eval_deterministic(subject: Subject) -> Finding:
+    """Whether two forwards in evaluation mode are equal."""
     return compare(subject.logits(subject.ids), subject.logits(subject.ids), subject.spread, tolerance=1e-5)
 
 
@@ -52,6 +54,7 @@ def _in_chunks(subject: Subject, sizes: list[int]) -> torch.Tensor:
     remedy="start positions at `past_key_values.get_seq_length()` and return the updated cache",
 )
 def cache_steps(subject: Subject) -> Finding:
+    """Whether reading token by token through the cache gives the logits of reading all at once."""
     return compare(_in_chunks(subject, [1] * subject.ids.shape[1]), subject.reference, subject.spread)
 
 
@@ -61,6 +64,7 @@ def cache_steps(subject: Subject) -> Finding:
     remedy="count past tokens in positions and in the causal mask: queries of the second chunk see all of the first",
 )
 def cache_chunks(subject: Subject) -> Finding:
+    """Whether reading in two chunks through the cache gives the logits of reading all at once."""
     length = subject.ids.shape[1]
     return compare(_in_chunks(subject, [length // 2 + 1, length - length // 2 - 1]), subject.reference, subject.spread)
 
@@ -71,6 +75,7 @@ def cache_chunks(subject: Subject) -> Finding:
     remedy="apply attention_mask in every layer, and use the position_ids that generate() computes from it",
 )
 def left_padding(subject: Subject) -> Finding:
+    """Whether padding on the left changes nothing for the real tokens."""
     padding = 5
     room = subject.ids.shape[1] - padding
     rows = subject.random_ids(2, subject.ids.shape[1], seed=1)
@@ -99,6 +104,7 @@ def _needs_positions(subject: Subject) -> None:
     remedy="pass the caller's position_ids to the rotary or learned embedding instead of making new ones",
 )
 def position_ids(subject: Subject) -> Finding:
+    """Whether positions that are given change the logits as positions should."""
     _needs_positions(subject)
     # With a mask, as a gap without one begins another packed document.
     rows, mask = subject.ids, torch.ones_like(subject.ids)
@@ -121,6 +127,7 @@ def position_ids(subject: Subject) -> Finding:
     remedy="build masks with create_causal_mask(..., position_ids=...), and add no attention_mask of your own",
 )
 def packed_documents(subject: Subject) -> Finding:
+    """Whether documents in one row, told apart by their positions, are computed as if each stood alone."""
     if not subject.model._supports_attention_backend:
         raise Skipped("the model does not declare `_supports_attention_backend`, on which packing rests")
     _needs_positions(subject)
@@ -139,6 +146,7 @@ def packed_documents(subject: Subject) -> Finding:
     remedy="slice hidden states by logits_to_keep before the head: transformers' slice_logits_to_keep",
 )
 def logits_to_keep(subject: Subject) -> Finding:
+    """Whether `logits_to_keep`, a number or a tensor of places, gives those places' logits only."""
     if not subject.takes("logits_to_keep"):
         raise Skipped("forward() has no logits_to_keep: generate() computes all logits of a prompt")
     findings = []

@@ -46,6 +46,7 @@ def _generate(subject: Subject, prompts: torch.Tensor, **settings: Any) -> torch
     remedy="inherit GenerationMixin, and check prepare_inputs_for_generation and the cache",
 )
 def generate_greedy(subject: Subject) -> Finding:
+    """Whether greedy `generate` gives the tokens that forwards without a cache choose."""
     _needs_generate(subject)
     prompts = _prompts(subject)
     generated = _generate(subject, prompts, pad_token_id=0)
@@ -69,6 +70,7 @@ def generate_greedy(subject: Subject) -> Finding:
     remedy="do not override generate(), or stop each row at generation_config.eos_token_id",
 )
 def generate_end_token(subject: Subject) -> Finding:
+    """Whether `generate` stops at an end token."""
     _needs_generate(subject)
     prompts = _prompts(subject)
     free = _generate(subject, prompts, pad_token_id=0).tolist()
@@ -93,6 +95,7 @@ def generate_end_token(subject: Subject) -> Finding:
     remedy="set eos_token_id, pad_token_id and max_length in generation_config.json; give padding a token of its own",
 )
 def generation_config(subject: Subject) -> Finding:
+    """Whether the generation settings name end and padding tokens that exist and differ."""
     config, ends = subject.model.generation_config, sorted(subject.end_token_ids())
     pad, rows = config.pad_token_id, subject.vocab_size
     findings = [

@@ -26,6 +26,7 @@ def _some(names: list[str]) -> str:
     remedy="save the whole model again; transformers draws missing weights at random",
 )
 def checkpoint_complete(subject: Subject) -> Finding:
+    """Whether the weights' files hold all that the model needs, and nothing else."""
     missing = subject.missing
     return Finding(not missing, f"missing or misshapen: {_some(missing)}" if missing else "nothing is missing")
 
@@ -36,6 +37,7 @@ def checkpoint_complete(subject: Subject) -> Finding:
     remedy="rebuild buffers that are not saved (RoPE's) in _init_weights: loading starts on the meta device",
 )
 def round_trip(subject: Subject) -> Finding:
+    """Whether saving and loading in a fresh process gives back every parameter and buffer."""
     before, after = fingerprints(subject.model), subject.record["tensors"]
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     changed = sorted({*changed, *subject.lost_buffers})
@@ -53,6 +55,7 @@ def round_trip(subject: Subject) -> Finding:
     remedy="keep norms and softmax in fp32 inside, and cast back; make new tensors in the input's dtype",
 )
 def bf16(subject: Subject) -> Finding:
+    """Whether the model loads in bf16 and computes logits close to its own in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -76,6 +79,7 @@ def bf16(subject: Subject) -> Finding:
     remedy="name the pair in `_tied_weights_keys` and call post_init(), or set tie_word_embeddings to what is so",
 )
 def tied_weights(subject: Subject) -> Finding:
+    """Whether head and embedding share memory exactly where the config says so, after loading too."""
     said = getattr(subject.config, "tie_word_embeddings", None)
     if said is None:
         raise Skipped("the config has no tie_word_embeddings")
@@ -91,6 +95,7 @@ def tied_weights(subject: Subject) -> Finding:
     remedy="implement get/set_input_embeddings and get/set_output_embeddings, and read sizes from the config",
 )
 def resize_embeddings(subject: Subject) -> Finding:
+    """Whether resizing the vocabulary keeps the old tokens' logits, and the tie."""
     model = copy.deepcopy(subject.model)
     rows = subject.vocab_size
     model.resize_token_embeddings(rows + 3, mean_resizing=False)
@@ -112,6 +117,7 @@ def resize_embeddings(subject: Subject) -> Finding:
     "passed over in custom code",
 )
 def residual_init(subject: Subject) -> Finding:
+    """Whether a newly built model draws its residual projections as small as its maths claims (GPT-2, 2.3)."""
     if type(subject.config).__name__ not in SCALED_PROJECTIONS:
         kind = subject.config.model_type
         raise Skipped(f"the architecture '{kind}' claims no smaller initial weights into the residual stream")

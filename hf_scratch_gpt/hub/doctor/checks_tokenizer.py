@@ -31,6 +31,7 @@ def random_texts(count: int = _TEXTS, seed: int = _SEED) -> list[str]:
     remedy="let tokenizer_config.json name PreTrainedTokenizerFast and leave out auto_map",
 )
 def tokenizer_loads(subject: Subject) -> Finding:
+    """Whether the tokenizer loads without trusting its folder's code."""
     if subject.tokenizer_error:
         return Finding(False, subject.tokenizer_error)
     tokenizer = subject.needs_tokenizer()
@@ -49,6 +50,7 @@ def _is_byte_level(tokenizer: object) -> bool:
     remedy="use the whole byte alphabet, add_prefix_space=False and clean_up_tokenization_spaces=False",
 )
 def tokenizer_round_trip(subject: Subject) -> Finding:
+    """Whether random Unicode text survives encoding and decoding."""
     tokenizer = subject.needs_tokenizer()
     texts = random_texts()
     decoded = [
@@ -72,6 +74,7 @@ def tokenizer_round_trip(subject: Subject) -> Finding:
     remedy="call model.resize_token_embeddings(len(tokenizer)) and save both",
 )
 def token_ids(subject: Subject) -> Finding:
+    """Whether every token's id is a row of the embedding."""
     largest = max(subject.needs_tokenizer().get_vocab().values())
     return Finding(largest < subject.vocab_size, f"largest id {largest}, {subject.vocab_size} embedding rows")
 
@@ -82,6 +85,7 @@ def token_ids(subject: Subject) -> Finding:
     remedy="add a pad token of its own: where pad is the end token, losses and reward models never see the end",
 )
 def special_tokens(subject: Subject) -> Finding:
+    """Whether special tokens are single ids, and padding is no end token."""
     tokenizer = subject.needs_tokenizer()
     end, pad = tokenizer.eos_token, tokenizer.pad_token
     findings = [

@@ -38,6 +38,7 @@ def _loss_is(actual: torch.Tensor, expected: float) -> Finding:
     remedy="use self.loss_function(logits=logits, labels=labels, vocab_size=...), which shifts by one itself",
 )
 def loss(subject: Subject) -> Finding:
+    """Whether the loss is the shifted cross entropy over labels that are not -100."""
     findings = []
     for labels in (subject.ids, _labels(subject)):
         total, items = _summed_loss(subject, labels)
@@ -52,6 +53,7 @@ def loss(subject: Subject) -> Finding:
     remedy="take **kwargs in forward() and pass them to self.loss_function; else Trainer averages unequal means",
 )
 def loss_accumulation(subject: Subject) -> Finding:
+    """Whether micro-batches with `num_items_in_batch` add up to the loss of the whole batch."""
     if getattr(subject.model, "accepts_loss_kwargs", True) is False:
         raise Skipped("the model declares accepts_loss_kwargs = False, so Trainer averages the means of micro-batches")
     parameters = inspect.signature(subject.model.forward).parameters.values()
@@ -82,6 +84,7 @@ def _gradients(subject: Subject) -> dict[str, torch.Tensor]:
     remedy="let decoder layers inherit GradientCheckpointingLayer, and pass hidden_states by position",
 )
 def gradient_checkpointing(subject: Subject) -> Finding:
+    """Whether gradients with checkpointing equal those without."""
     model = subject.model
     if not model.supports_gradient_checkpointing:
         raise Skipped("the model does not declare supports_gradient_checkpointing")
