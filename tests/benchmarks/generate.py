@@ -3,10 +3,10 @@
     python tests/benchmarks/generate.py                 # all cases
     python tests/benchmarks/generate.py --cases dynamic --repeats 9
 
-Every case is greedy decoding of random weights with a prompt of random tokens. The models take turns in each repeat, in
-an order that changes, and a ratio is taken within a repeat: what else the machine does meets all of them. Sizes are
-equal within 1%: Qwen3 has exactly our shape; GPT-2 has our width, depth and vocabulary, and our MLP is as wide as gives
-its number of parameters.
+Every case is greedy decoding of random weights with a prompt of random tokens. The models take turns in each repeat,
+in an order that changes, and a ratio is taken within a repeat: what else the machine does meets all of them. Sizes are
+equal within 1%: Qwen3 has exactly our shape; GPT-2 has our width, depth and vocabulary, and our MLP is as wide as
+gives its number of parameters.
 """
 
 import argparse

@@ -48,7 +48,7 @@ CODE_FAULTS = {
     ),
     "scaled residual init skipped, as it is for modules without parameters of their own": (
         {
-            'if getattr(module, "is_residual_projection", False):': "if isinstance(module, ScratchGPTMLP):",
+            'if getattr(module, "is_residual_projection", False) and': "if isinstance(module, ScratchGPTMLP) and",
             "init.normal_(module.weight, mean=0.0, std=std)": "init.normal_(module.down_proj.weight, std=std)",
         },
         {"residual-init"},
@@ -137,8 +137,8 @@ CODE_FAULTS = {
     "vocabulary size remembered from the beginning": (
         {
             "logits = self.lm_head(": "logits = nn.Linear.forward(self.lm_head, ",
-            "logits_to_keep))\n        if (cap": (
-                "logits_to_keep))[..., : self.__dict__['vocab_size_']]\n        if (cap"
+            "logits_to_keep))\n        # CODEPATH": (
+                "logits_to_keep))[..., : self.__dict__['vocab_size_']]\n        # CODEPATH"
             ),
             "        self.vocab_size = config.vocab_size\n": "        self.vocab_size_ = config.vocab_size\n",
         },

@@ -16,6 +16,7 @@ NO_BEGINNING = {"chat-bos"}
 SKIPPED = {
     "llama": NO_BEGINNING | {"residual-init"},
     "qwen3": NO_BEGINNING | {"residual-init"},
+    "gpt1": NO_BEGINNING | {"residual-init"},
     "gpt2": NO_BEGINNING | {"flex-attention"},
 }
 

@@ -76,7 +76,7 @@ def launch(folder: str) -> int:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """What one process computed, and what each of the two did, by kind and plan."""
-    from conftest import make_model
+    from model_tiny import make_model
 
     folder = tmp_path_factory.mktemp("parallel")
     alone = {}

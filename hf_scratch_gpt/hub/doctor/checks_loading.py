@@ -121,6 +121,8 @@ def residual_init(subject: Subject) -> Finding:
     if type(subject.config).__name__ not in SCALED_PROJECTIONS:
         kind = subject.config.model_type
         raise Skipped(f"the architecture '{kind}' claims no smaller initial weights into the residual stream")
+    if getattr(subject.config, "norm_position", "pre") == "post":
+        raise Skipped("norms after the sums, as in GPT-1: nothing adds up along the depth, so nothing is scaled")
     endings = SCALED_PROJECTIONS[type(subject.config).__name__]
     squares, counts = zip(
         *(size for name, size in subject.built_squares.items() if name.endswith(endings)), strict=True
