@@ -57,39 +57,52 @@ class OwnAnswersArguments:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected at least {least}")
 
 
-def own_preferences(arguments: Any, model: Any, tokenizer: Any, stage_run: StageRun) -> list[dict[str, Any]]:
+def own_preferences(arguments: Any, model: Any, tokenizer: Any, stage_run: StageRun) -> list[dict[str, Any]] | None:
     """Rows of `prompt`, `chosen` and `rejected` from the answers of `model`, a pure function of the settings' seed.
 
+    `None` where they do not fill one batch and `dataset` is a prepare folder, whose preferences then serve instead (a
+    warning says so): a model that is hardly ever right has nothing to tell apart.
+
     Raises:
-        ValueError: if a question does not fit the context, or none was answered both rightly and wrongly.
+        ValueError: if a question does not fit the context, or if too few pairs come of other data.
         OSError: if the data is missing or the file cannot be written.
     """
     path = stage_run.folder / OWN_ANSWERS_FILE
     if path.is_file():
-        return [row for _, row in read_rows(path)]
+        pairs = [row for _, row in read_rows(path)]
+    else:
+        pairs = _ask(arguments, model, tokenizer, stage_run.stage)
+        if stage_run.is_main:
+            write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    if len(pairs) >= arguments.per_device_train_batch_size:
+        return pairs
+    found = (
+        f"{arguments.dataset}: {arguments.own_answer_questions} questions, answered by the model "
+        f"{arguments.own_answers_per_question} times each, gave {len(pairs)} pairs of a right and a wrong answer, not "
+        f"enough for one batch of {arguments.per_device_train_batch_size}"
+    )
+    if not Path(arguments.dataset).is_dir():
+        raise ValueError(f"{found}; ask more questions, or give preferences and set own_answer_questions to 0")
+    logger.warning("%s; the data set's own preferences are taken instead", found)
+    return None
+
+
+def _ask(arguments: Any, model: Any, tokenizer: Any, stage: str) -> list[dict[str, Any]]:
     source = arguments.dataset
     split = "train" if Path(source).is_dir() else None if Path(source).is_file() else arguments.dataset_split
     rows = with_answers(dict(row) for row in load_conversations(source, split, keep_columns=True))
     questions = pick(rows, arguments.own_answer_questions, arguments.seed)
     count = arguments.own_answers_per_question
-    logger.info("%s: the model answers %d questions, %d times each", stage_run.stage, len(questions), count)
+    logger.info("%s: the model answers %d questions, %d times each", stage, len(questions), count)
     prompts = [row["prompt"] for row in questions for _ in range(count)]
     answers = generate_answers(
         model.to(arguments.device), tokenizer, prompts, arguments.own_answer_tokens, 1.0, arguments.seed, _BATCH
     )
-    pairs = [
+    return [
         pair
         for index, row in enumerate(questions)
         for pair in pairs_of(row, answers[index * count : (index + 1) * count])
     ]
-    if not pairs:
-        raise ValueError(
-            f"{source}: of {len(questions)} questions the model answered none both rightly and wrongly, so there is "
-            "nothing to prefer; ask more (own_answer_questions, own_answers_per_question) or take ready preferences"
-        )
-    if stage_run.is_main:
-        write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    return pairs
 
 
 def pairs_of(row: dict[str, Any], answers: list[Answer]) -> list[dict[str, Any]]:

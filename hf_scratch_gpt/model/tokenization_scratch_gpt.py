@@ -256,7 +256,8 @@ def encode_conversation(
     """Token ids of a conversation in which only the chat template writes control tokens, never a message.
 
     Where no message holds (part of) a control token this is `tokenizer.apply_chat_template`. `assistant_masks` is 1
-    for what stands between the template's `{% generation %}` marks, and 0 everywhere if it has none.
+    for what stands between the template's `{% generation %}` marks, and 0 everywhere if it has none. A token that
+    begins before a mark, as where an answer begins with a line break after the template's own, is 0.
 
     Raises:
         ValueError: if the conversation is empty or the template refuses it; the message says why.

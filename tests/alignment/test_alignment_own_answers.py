@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignment_tiny import make_model, write_recipe
+from alignment_tiny import make_model, write_preferences, write_recipe
 from safetensors.torch import load_file
 
 from hf_scratch_gpt.alignment import dpo
@@ -63,11 +63,11 @@ def questions(model, tmp_path_factory):
     """Questions whose answer is one that the untrained model really gives, so that it is sometimes right."""
     loaded, tokenizer = load_model(str(model))
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    prompts = [ask(number) for number in range(12) for _ in range(40)]
+    prompts = [ask(number) for number in range(12) for _ in range(150)]
     answers = generate_answers(loaded, tokenizer, prompts, 8, temperature=1.0, seed=42, batch_size=240)
     rows = []
     for number in range(12):
-        own = [answer.text for answer in answers[40 * number : 40 * number + 40] if answer.ended]
+        own = [answer.text for answer in answers[150 * number : 150 * number + 150] if answer.ended]
         answer = next((text for text in own if text.strip()), "nothing")
         rows.append({"prompt": ask(number), "completion": [{"role": "assistant", "content": answer}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,7 +75,7 @@ def questions(model, tmp_path_factory):
 
 
 def settings(**more):
-    own = {"own_answer_questions": 12, "own_answers_per_question": 40, "own_answer_tokens": 8}
+    own = {"own_answer_questions": 12, "own_answers_per_question": 150, "own_answer_tokens": 8}
     return {**own, "max_steps": 4, "lora_modules_to_save": ["model.norm"], **more}
 
 
@@ -117,8 +117,24 @@ def test_a_model_that_is_never_right_is_told(model, tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"question": f"Number {number}?", "answer": "a long answer that nobody guesses"} for number in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="of 3 questions the model answered none both rightly and wrongly"):
+    with pytest.raises(
+        ValueError, match="gave 0 pairs of a right and a wrong answer, not enough for one batch of 4; ask more"
+    ):
         align(tmp_path / "dpo", model, str(path), own_answers_per_question=2)
+
+
+def test_a_prepare_folders_preferences_serve_where_own_answers_do_not(model, tmp_path, caplog):
+    tasks = tmp_path / "prepare" / "tasks"
+    tasks.mkdir(parents=True)
+    rows = [{"question": f"Number {number}?", "answer": "a long answer that nobody guesses"} for number in range(3)]
+    (tasks / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_preferences(tasks / "preferences_train.jsonl")
+    write_preferences(tasks / "preferences_heldout.jsonl", count=6)
+    folder = align(tmp_path / "dpo", model, str(tasks.parent), own_answers_per_question=2)
+    assert "the data set's own preferences are taken instead" in caplog.text
+    metrics = read_metrics(folder)["metrics"]
+    assert metrics["preferences"] == "dataset"
+    assert (metrics["pairs"], metrics["heldout_pairs"]) == (40, 6)
 
 
 def test_numbers_that_make_no_pairs_are_refused_by_name(model, questions, tmp_path):
