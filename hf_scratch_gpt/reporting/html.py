@@ -246,6 +246,16 @@ def _make_environment() -> Any:
     return environment
 
 
+def taught_by_the_checker(stages: dict[str, Any]) -> list[str]:
+    """The alignment methods that the checker's verdicts on training questions took part in: a reader has to know."""
+    taught = []
+    if stages.get("dpo", {}).get("preferences") == "own answers":
+        taught.append("DPO")
+    if stages.get("ppo", {}).get("checker_weight"):
+        taught.append("PPO")
+    return taught
+
+
 def make_html(root: str | Path, report: dict[str, Any]) -> str:
     """The page as text, from a report that `make_report` made and the files of the run folders below `root`."""
     runs = find_stages(root)
@@ -262,6 +272,7 @@ def make_html(root: str | Path, report: dict[str, Any]) -> str:
             tokenizer=tokenizer_part(runs, report),
             families=family_part(runs),
             models=model_part(runs),
+            taught=taught_by_the_checker(report["stages"]),
             reference=report["stages"].get("evaluate", {}).get("reference"),
             stage_of={name: stage for stage, name in names.items()},
             samples=_optional_json(runs, "samples.json") or [],

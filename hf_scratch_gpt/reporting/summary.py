@@ -61,7 +61,15 @@ _COPIED = {
         "heldout_margin",
         "length_correlation",
     ),
-    "dpo": ("pairs", "steps", "beta", "preference_accuracy", "preference_accuracy_interval", "heldout_margin"),
+    "dpo": (
+        "preferences",
+        "pairs",
+        "steps",
+        "beta",
+        "preference_accuracy",
+        "preference_accuracy_interval",
+        "heldout_margin",
+    ),
     "ppo": (
         "checker_weight",
         "steps",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reporting_road import write_run
 
 from hf_scratch_gpt.reporting import charts, write_report
-from hf_scratch_gpt.reporting.html import curve_charts, read_curve
+from hf_scratch_gpt.reporting.html import curve_charts, read_curve, taught_by_the_checker
 from hf_scratch_gpt.reporting.summary import find_stages
 
 VOID = {"meta", "br", "line", "circle", "rect", "path", "img", "link", "input"}
@@ -72,6 +72,18 @@ def test_the_page_tells_all_parts(road):
     for figure in ("3.63 →", "1.62", "gzip −9", "better by", "better by", "wins 63% against SFT", "4.1M parameters"):
         assert figure in text
     assert text.count('<article class="card sample">') == 5
+
+
+@pytest.mark.parametrize(
+    ("stages", "taught"),
+    [
+        ({}, []),
+        ({"dpo": {"preferences": "dataset"}, "ppo": {"checker_weight": 0.0}}, []),
+        ({"dpo": {"preferences": "own answers"}, "ppo": {"checker_weight": 4.0}}, ["DPO", "PPO"]),
+    ],
+)
+def test_a_reader_is_told_what_the_checker_taught(stages, taught):
+    assert taught_by_the_checker(stages) == taught
 
 
 def test_no_text_becomes_markup(road):
