@@ -281,6 +281,7 @@ def bidirectional_window(sliding_window: int) -> Callable:
 
 def with_direction(config: PreTrainedConfig, is_causal: bool) -> PreTrainedConfig:
     """The config with that direction of attention; a copy if it changes, since other models may share the object."""
+    # CODEPATH: the masked language model alone reads both ways.
     if config.is_causal != is_causal:
         config = copy.deepcopy(config)
         config.is_causal = is_causal
@@ -309,6 +310,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         With norms after the sums nothing adds up along the depth: GPT-1 (section 4.1) draws all weights alike.
         """
         super()._init_weights(module)
+        # CODEPATH: gpt1 has its norms after the sums; all others before.
         if getattr(module, "is_residual_projection", False) and self.config.norm_position == "pre":
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -356,6 +358,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        # CODEPATH: the masked language model keeps no cache.
         if not self.config.is_causal:
             if past_key_values is not None:
                 raise ValueError(
@@ -399,6 +402,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         """
         if isinstance(attention_mask, dict):
             return attention_mask
+        # CODEPATH: the masked language model alone reads both ways.
         if not self.config.is_causal:
             return self._bidirectional_masks(inputs_embeds, attention_mask, position_ids)
         make_mask = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -421,6 +425,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         masks = {}
         for layer_type in dict.fromkeys(self.layer_types):
             rules = [] if documents is None else [packed_sequence_mask_function(documents)]
+            # CODEPATH: gpt3-* have banded layers.
             if layer_type == "sliding_attention" and self.config.sliding_window is not None:
                 rules.append(bidirectional_window(self.config.sliding_window))
             masks[layer_type] = create_bidirectional_mask(
@@ -548,6 +553,7 @@ class ScratchGPTForMaskedLM(ScratchGPTPreTrainedModel):
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
+        # CODEPATH: no preset caps its logits; Gemma's checkpoints do.
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None
