@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from hf_scratch_gpt.data.cleaning import Cleaner
-from hf_scratch_gpt.data.documents import Document, is_heldout
+from hf_scratch_gpt.data.documents import DERIVED, Document, split_of
 from hf_scratch_gpt.data.filters import DEFAULT_FILTERS, CleaningSettings, FilterSetting
 from hf_scratch_gpt.data.sources import PYTHON_DOCS, no_text, read_documents, source_parts
 from hf_scratch_gpt.runs import StageArguments
@@ -188,11 +188,10 @@ class Corpus:
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         for document in self.cleaner.clean(self._read()):
-            heldout = is_heldout(document.split_group, self.arguments.seed, self.arguments.heldout_fraction)
-            if heldout and document.derived:
+            split = split_of(document, self.arguments.seed, self.arguments.heldout_fraction)
+            if split == DERIVED:
                 self.derived_heldout_documents += 1
                 continue
-            split = "heldout" if heldout else "train"
             self.documents[split] += 1
             yield split, document
         check_splits(self.arguments, self.documents, self.removed)

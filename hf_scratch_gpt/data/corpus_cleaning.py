@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_scratch_gpt.data.data_report import make_data_report
+from hf_scratch_gpt.data.documents import DERIVED
 from hf_scratch_gpt.data.filters import (
     CleaningSettings,
     DuplicateChain,
@@ -21,7 +22,7 @@ from hf_scratch_gpt.data.filters import (
     merge_tallies,
     removed_counts,
 )
-from hf_scratch_gpt.data.processing import DERIVED, ProcessedChunk
+from hf_scratch_gpt.data.processing import ProcessedChunk
 from hf_scratch_gpt.data.seen import RecordFile
 from hf_scratch_gpt.data.statistics import CorpusStatistics
 

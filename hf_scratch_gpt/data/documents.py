@@ -3,6 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
+DERIVED = "derived"  # the "split" of a page that repeats held-out text: it goes nowhere
+
 
 @dataclass(frozen=True)
 class Document:
@@ -34,3 +36,10 @@ def is_heldout(group: str, seed: int, fraction: float) -> bool:
     """Whether the documents of `group` are held out: a hash of seed and group, so it needs no state and no order."""
     digest = hashlib.blake2b(f"{seed}\0{group}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def split_of(document: Document, seed: int, fraction: float) -> str:
+    """`"train"`, `"heldout"`, or `DERIVED` for a page that repeats a held-out document."""
+    if not is_heldout(document.split_group, seed, fraction):
+        return "train"
+    return DERIVED if document.derived else "heldout"

@@ -7,36 +7,17 @@ windows, and weights can be changed without new shards.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_scratch_gpt.runs.values import read_mapping
+
 # The order matters: the command line is read as the second kind.
 MixtureWeights = dict[str, Any] | str | list[str] | None
 
 _ONE = 1 << 24  # shares are whole numbers of this part, so that 2^39 windows are counted exactly in 64 bits
-
-
-def _read_mapping(weights: MixtureWeights) -> dict[str, Any]:
-    import yaml
-
-    if isinstance(weights, str) and weights.lstrip().startswith("{"):
-        try:
-            weights = yaml.safe_load(weights)
-        except yaml.YAMLError as error:
-            raise ValueError(f"mixture: '{weights}' is not a JSON object") from error
-    if isinstance(weights, dict):
-        return weights
-    texts = re.split(r"[,\s]+", weights.strip()) if isinstance(weights, str) else weights or []
-    mapping: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = str(text).rpartition("=")
-        if not equals:
-            raise ValueError(f"mixture: '{text}' is not of the form source=weight")
-        mapping[name] = yaml.safe_load(value)
-    return mapping
 
 
 def parse_mixture(weights: MixtureWeights, sources: Sequence[str]) -> dict[str, float] | None:
@@ -49,7 +30,7 @@ def parse_mixture(weights: MixtureWeights, sources: Sequence[str]) -> dict[str, 
     Raises:
         ValueError: for a source that is not one or has no weight, or a weight that is not a positive number.
     """
-    mapping = _read_mapping(weights)
+    mapping = read_mapping(weights, "mixture", "source=weight", str.rpartition)
     if not mapping:
         return None
     for name, weight in mapping.items():

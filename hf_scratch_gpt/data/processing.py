@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_scratch_gpt.data.documents import Document, is_heldout
+from hf_scratch_gpt.data.documents import DERIVED, Document, split_of
 from hf_scratch_gpt.data.encoding import DocumentEncoder, EncoderSettings
 from hf_scratch_gpt.data.filters import CleaningSettings, FilterChain, Tally
 from hf_scratch_gpt.data.statistics import EXCERPT_CHARACTERS
-
-DERIVED = "derived"  # the "split" of a page that repeats held-out text: it goes nowhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +78,6 @@ class Processor:
         self._encoder = DocumentEncoder(settings.encoder)
         self._separator = np.array([settings.separator_id], settings.encoder.dtype)
 
-    def _split_of(self, document: Document) -> str:
-        if not is_heldout(document.split_group, self._settings.seed, self._settings.heldout_fraction):
-            return "train"
-        return DERIVED if document.derived else "heldout"
-
     def process(self, documents: list[Document]) -> ProcessedChunk:
         """Clean, split and encode `documents`.
 
@@ -93,7 +86,8 @@ class Processor:
         """
         cleaned = map(self._chain, map(_with_writable_id, documents))
         kept = [document for document in cleaned if document is not None]
-        splits = [self._split_of(document) for document in kept]
+        seed, fraction = self._settings.seed, self._settings.heldout_fraction
+        splits = [split_of(document, seed, fraction) for document in kept]
         texts = [document.text for document, split in zip(kept, splits, strict=True) if split != DERIVED]
         encoded = iter(self._encoder.encode(texts))
         parts: list[np.ndarray] = []

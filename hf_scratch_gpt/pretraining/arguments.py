@@ -1,10 +1,10 @@
 """Settings of the stage `pretrain`, checked before anything is loaded."""
 
 import dataclasses
-import re
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from hf_scratch_gpt.runs import StageArguments
+from hf_scratch_gpt.runs.values import read_mapping
 
 # The order matters: the command line is read as the second kind.
 ModelOverrides = dict[str, Any] | str | list[str] | None
@@ -192,20 +192,4 @@ def parse_overrides(overrides: ModelOverrides) -> dict[str, Any]:
     Raises:
         ValueError: for a text that is neither.
     """
-    import yaml
-
-    if isinstance(overrides, str) and overrides.lstrip().startswith("{"):
-        try:
-            overrides = yaml.safe_load(overrides)
-        except yaml.YAMLError as error:
-            raise ValueError(f"model_overrides: '{overrides}' is not a JSON object") from error
-    if isinstance(overrides, dict):
-        return dict(overrides)
-    texts = re.split(r"[,\s]+", overrides.strip()) if isinstance(overrides, str) else overrides or []
-    fields = {}
-    for text in texts:
-        name, equals, value = str(text).partition("=")
-        if not equals:
-            raise ValueError(f"model_overrides: '{text}' is not of the form key=value")
-        fields[name.strip()] = yaml.safe_load(value)
-    return fields
+    return read_mapping(overrides, "model_overrides", "key=value", str.partition)

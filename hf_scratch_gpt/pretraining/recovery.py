@@ -19,7 +19,7 @@ from hf_scratch_gpt.runs.checkpoints import find_damage, step_of
 logger = logging.getLogger(__name__)
 
 # What was spent and what happened stays so when the weights go back.
-_KEPT: tuple[str, ...] = (
+_KEPT = (
     "elapsed",
     "schedule_start",
     "train_seconds",
@@ -28,8 +28,11 @@ _KEPT: tuple[str, ...] = (
     "checkpoint_wait_seconds",
     "compiled",
     "untrained",
+    "evaluation_seconds",
+    "skipped",
+    "skipped_data",
+    "rollbacks",
 )
-_KEPT += ("evaluation_seconds", "skipped", "skipped_data", "rollbacks")
 
 
 class Recovery:

@@ -3,9 +3,10 @@
 import dataclasses
 import difflib
 import enum
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
@@ -92,6 +93,37 @@ def _expectation(hints: Sequence[Any], value: Any) -> str:
             names.append(_NAMES.get(origin, str(hint)))
     is_text = hints and hints[0] is str and not isinstance(value, str | list | dict)
     return " or ".join(names) + (" (quote it)" if is_text else "")
+
+
+def read_mapping(value: Any, setting: str, form: str, split: Callable[[str, str], tuple[str, str, str]]) -> dict:
+    """A setting that is a mapping in a recipe, and a JSON object or `key=value` texts on the command line.
+
+    Args:
+        value: The mapping, a text, texts, or `None` for an empty mapping.
+        setting (`str`): Its name, for messages.
+        form (`str`): What one text is expected to be, such as `"key=value"`.
+        split: `str.partition`, or `str.rpartition` where a key may contain an equals sign; a value is YAML.
+
+    Raises:
+        ValueError: for a text that is neither.
+    """
+    import yaml
+
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{setting}: '{value}' is not a JSON object") from error
+    if isinstance(value, dict):
+        return dict(value)
+    texts = re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value or []
+    mapping = {}
+    for text in texts:
+        key, equals, content = split(str(text), "=")
+        if not equals:
+            raise ValueError(f"{setting}: '{text}' is not of the form {form}")
+        mapping[key.strip()] = yaml.safe_load(content)
+    return mapping
 
 
 def check_recipe_values(argument_class: type, recipe: dict[str, Any], origin: str) -> dict[str, Any]:

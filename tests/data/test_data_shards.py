@@ -46,6 +46,14 @@ def test_any_range_reads_back_across_shards(tmp_path_factory, documents, shard_t
     assert shards.read(start, length).tolist() == expected[start : start + length]
 
 
+@settings(deadline=None, max_examples=20)
+@given(documents=documents_strategy, shard_tokens=st.integers(1, 40))
+def test_the_index_says_where_each_document_begins(tmp_path_factory, documents, shard_tokens):
+    shards = TokenShards(write(tmp_path_factory.mktemp("shards"), documents, shard_tokens))
+    lengths = [len(ids) + 1 for ids in documents]
+    assert shards.document_starts().tolist() == [sum(lengths[:number]) for number in range(len(lengths))]
+
+
 def test_shards_have_the_asked_size_and_the_manifest_adds_up(tmp_path):
     folder = write(tmp_path, [[1] * 10, [2] * 5], shard_tokens=6)
     entry = read_manifest(folder)["splits"]["train"]
