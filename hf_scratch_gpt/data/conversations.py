@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.data.manifest import find_file
 from hf_scratch_gpt.data.rows import ROW_SUFFIXES, read_rows
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,9 @@ def _file_of_folder(folder: Path, split: str, kind: str) -> Path:
     if (kind, split) not in _FILES:
         raise ValueError(f"{folder}: no split '{split}'; a prepare folder has 'train' and 'heldout'")
     name = _FILES[kind, split]
-    for path in (folder / "tasks" / name, folder / name):
-        if path.is_file():
+    for place in (f"tasks/{name}", name):
+        path = find_file(folder, place)
+        if path is not None:
             return path
     raise FileNotFoundError(
         f"{folder}: holds no tasks/{name}; make it by the stage 'prepare' with tasks, or name a file"

@@ -3,8 +3,8 @@
     scratch-gpt prepare --output_dir runs/prepare --tokenizer_dir runs/tokenizer --sources my_texts/
 
 The folder holds token shards of both splits (see `shards`), the held-out documents as they are in `heldout.jsonl`,
-the tokenizer, what the filters removed in `data_report.json`, and `tasks/` if asked for. `manifest.json` is written
-when all of them are there.
+the tokenizer, what the filters removed in `data_report.json`, and `tasks/` if asked for. `manifest.json`, with
+the checksums of them all, is written when they are there.
 
 One process reads the sources in their order; `num_workers` others clean and encode a chunk of about a megabyte at a
 time; the first one takes the results in order, removes duplicates and writes. So the shards do not depend on the
@@ -26,9 +26,10 @@ from typing import Any, ClassVar
 from hf_scratch_gpt.data.corpus import CorpusArguments, check_corpus_arguments, check_splits, read_chunks
 from hf_scratch_gpt.data.data_report import DATA_REPORT, filter_counts
 from hf_scratch_gpt.data.encoding import encoder_settings
+from hf_scratch_gpt.data.manifest import PREPARE_AGAIN, check_files, read_manifest, write_manifest
 from hf_scratch_gpt.data.mixture import MixtureWeights, parse_mixture
 from hf_scratch_gpt.data.processing import ProcessorSettings
-from hf_scratch_gpt.data.shards import MANIFEST, SPLITS, separator_id, token_dtype, tokenizer_fingerprint
+from hf_scratch_gpt.data.shards import SPLITS, TokenShards, separator_id, token_dtype, tokenizer_fingerprint
 from hf_scratch_gpt.data.sources import KNOWN_TERMS, PYTHON_DOCS
 from hf_scratch_gpt.data.tokenised import HELDOUT, TokenisedFolder
 from hf_scratch_gpt.data.workers import available_cores, process_chunks
@@ -190,14 +191,36 @@ def _describe(splits: dict[str, Any], heldout_text: bytes) -> dict[str, Any]:
     return metrics | {"heldout_compression": compression(heldout_text)}
 
 
+def _files_to_list(folder: Path, saved: list[str]) -> list[str]:
+    """What is read later beside the shards: held-out text, report, tasks, and the tokenizer's `saved` files."""
+    tasks = [path.relative_to(folder).as_posix() for path in (folder / "tasks").rglob("*") if path.is_file()]
+    return [HELDOUT, DATA_REPORT, *tasks, *(name for name in saved if (folder / name).is_file())]
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """What is wrong with a finished folder of this stage, naming the file, or `None` if all of it is as written."""
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        for split in manifest["splits"]:
+            TokenShards(folder, split)
+    except (OSError, ValueError) as error:
+        return str(error).removesuffix(f"; {PREPARE_AGAIN}")
+    return None
+
+
 def run(arguments: PrepareArguments) -> Path:
-    """Write shards, held-out documents, tokenizer and tasks to `arguments.output_dir`.
+    """Write shards, held-out documents, tokenizer and tasks to `arguments.output_dir`; a damaged folder is made anew.
 
     Raises:
         FileNotFoundError, ValueError, OSError: for a tokenizer or sources that cannot be read, naming file and place;
             for a corpus that leaves nothing to train on or to hold out; for a split that is not the tokenizer's.
     """
     with StageRun(arguments, "prepare") as run:
+        if run.finished and run.is_main:
+            damage = find_damage(run.folder)
+            if damage is not None:
+                run.begin_anew(damage)
         if run.finished or not run.is_main:  # one process is enough: the others of a launch have nothing to do
             return run.folder
         _check_arguments(arguments)
@@ -213,7 +236,7 @@ def run(arguments: PrepareArguments) -> Path:
             run.resumed,
         )
         splits = _tokenise(arguments, tokenizer, folder)
-        tokenizer.save_pretrained(run.folder)
+        saved = [Path(name).name for name in tokenizer.save_pretrained(run.folder)]
         metrics = _describe(splits, _read_heldout(run.folder / HELDOUT))
         metrics["by_source"] = _describe_sources(folder.by_source)
         if arguments.tasks:
@@ -235,7 +258,7 @@ def run(arguments: PrepareArguments) -> Path:
             "removed": removed,
             "filters": metrics["filters"],
         }
-        write_json(run.folder / MANIFEST, manifest)
+        write_manifest(run.folder, manifest, _files_to_list(run.folder, saved))
         run.finish({**metrics, "sources": arguments.sources, "removed": removed})
         folder.remove_journal()
         return run.folder

@@ -17,10 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hf_scratch_gpt.runs import read_json
+from hf_scratch_gpt.data.manifest import PREPARE_AGAIN, read_manifest
 from hf_scratch_gpt.runs.checkpoints import hash_file
 
-MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 SEPARATOR = "<|endoftext|>"
 _BATCH_CHARACTERS = 1_000_000
@@ -259,13 +258,13 @@ def open_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype, verify: boo
     """
     path = folder / shard["name"]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: this token shard is missing; run the stage 'prepare' again")
+        raise FileNotFoundError(f"{path}: this token shard is missing; {PREPARE_AGAIN}")
     size, expected = path.stat().st_size, shard["tokens"] * dtype.itemsize
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes, expected {expected}; run the stage 'prepare' again")
+        raise ValueError(f"{path}: {size} bytes, expected {expected}; {PREPARE_AGAIN}")
     tokens = np.memmap(path, dtype, mode="r")
     if verify and hashlib.sha256(tokens.data).hexdigest() != shard["sha256"]:
-        raise ValueError(f"{path}: content does not match its checksum; run the stage 'prepare' again")
+        raise ValueError(f"{path}: content does not match its checksum; {PREPARE_AGAIN}")
     if "starts" in shard:
         _check_starts(folder / shard["starts"]["name"], shard["starts"], verify)
     return tokens
@@ -273,28 +272,12 @@ def open_shard(folder: Path, shard: dict[str, Any], dtype: np.dtype, verify: boo
 
 def _check_starts(path: Path, entry: dict[str, Any], verify: bool) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: this index of documents is missing; run the stage 'prepare' again")
+        raise FileNotFoundError(f"{path}: this index of documents is missing; {PREPARE_AGAIN}")
     size, least = path.stat().st_size, 8 * entry["documents"]
     if size < least:
-        raise ValueError(f"{path}: {size} bytes, expected over {least}; run the stage 'prepare' again")
+        raise ValueError(f"{path}: {size} bytes, expected over {least}; {PREPARE_AGAIN}")
     if verify and hash_file(path) != entry["sha256"]:
-        raise ValueError(f"{path}: content does not match its checksum; run the stage 'prepare' again")
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        FileNotFoundError: if the folder is not one, or was not finished.
-        ValueError: if the manifest is damaged.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no prepared tokens here (no {MANIFEST}); run the stage 'prepare' first")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or "splits" not in manifest:
-        raise ValueError(f"{path}: not the manifest of prepared tokens (no 'splits')")
-    return manifest
+        raise ValueError(f"{path}: content does not match its checksum; {PREPARE_AGAIN}")
 
 
 class TokenShards:
@@ -340,7 +323,7 @@ class TokenShards:
         found = []
         for shard, end in zip(self._entries, self._ends, strict=True):
             if "starts" not in shard:
-                raise ValueError(f"{self.folder}: has no index of its documents; run the stage 'prepare' again")
+                raise ValueError(f"{self.folder}: has no index of its documents; {PREPARE_AGAIN}")
             starts = np.load(self.folder / self.split / shard["starts"]["name"], allow_pickle=False)
             found.append(starts.astype(np.int64) + (int(end) - shard["tokens"]))
         return np.concatenate(found)

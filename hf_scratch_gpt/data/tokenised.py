@@ -20,8 +20,9 @@ from hf_scratch_gpt.data.corpus import Position
 from hf_scratch_gpt.data.corpus_cleaning import SIGNATURES, CorpusCleaning
 from hf_scratch_gpt.data.data_report import DATA_REPORT
 from hf_scratch_gpt.data.filters import CleaningSettings, FilterChain
+from hf_scratch_gpt.data.manifest import MANIFEST
 from hf_scratch_gpt.data.processing import ProcessedChunk
-from hf_scratch_gpt.data.shards import MANIFEST, SPLITS, ShardWriter
+from hf_scratch_gpt.data.shards import SPLITS, ShardWriter
 from hf_scratch_gpt.runs import read_json, write_json
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overrides
 from hf_scratch_gpt.pretraining.distributed import check_launch, check_processes, launched_processes
-from hf_scratch_gpt.runs import read_json
 from hf_scratch_gpt.runs.arguments import check_trackers
 from hf_scratch_gpt.runs.hardware import has_fast_bf16
 from hf_scratch_gpt.runs.loading import loading
@@ -81,18 +80,20 @@ def load_dataset(folder: str | Path, context_length: int) -> Dataset:
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if the tokenizer is not the one of the shards, or the corpus is shorter than one window.
+        ValueError: if a file is damaged, the tokenizer is not the one of the shards, or the corpus is shorter than one
+            window.
     """
     from transformers import AutoTokenizer
 
+    from hf_scratch_gpt.data.manifest import MANIFEST, check_files, read_manifest
     from hf_scratch_gpt.data.shards import tokenizer_fingerprint
 
     folder = Path(folder)
-    for name in ("manifest.json", _TOKENIZER_FILE, "heldout.jsonl"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: has no {name}; expected a folder that `scratch-gpt prepare` wrote")
-    manifest = read_json(folder / "manifest.json")
-    if "train" not in manifest.get("splits", {}) or "vocab_size" not in manifest:
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder}: has no {MANIFEST}; expected a folder that `scratch-gpt prepare` wrote")
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if "train" not in manifest["splits"] or "vocab_size" not in manifest:
         raise ValueError(f"{folder / 'manifest.json'}: has no train split or no vocab_size; run prepare again")
     tokens = manifest["splits"]["train"]["tokens"]
     if tokens < context_length:

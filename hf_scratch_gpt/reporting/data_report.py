@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_scratch_gpt.data.data_report import DATA_REPORT
+from hf_scratch_gpt.data.manifest import check_file, read_manifest
 from hf_scratch_gpt.reporting import charts
 from hf_scratch_gpt.runs import read_json, read_metrics, write_text
 from hf_scratch_gpt.runs.command_line import CommandParser
@@ -100,9 +101,7 @@ def write_data_report(folder: str | Path) -> Path:
     run = read_metrics(folder)
     if run.get("stage") != "prepare":
         raise ValueError(f"{folder}: a folder of the stage '{run.get('stage')}', expected one of 'prepare'")
-    path = folder / DATA_REPORT
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; it comes with 'prepare' from now on, so run that stage again")
+    path = check_file(folder, read_manifest(folder), DATA_REPORT)
     return write_text(folder / PAGE, make_page(folder, read_json(path), run["metrics"]))
 
 

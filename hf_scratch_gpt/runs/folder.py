@@ -165,6 +165,7 @@ class StageRun:
         self.is_main = rank == 0
         self._state: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
+        self._identity = ""
         self._clock = time.monotonic()
         self._meter = EnergyMeter() if self.is_main else None
         self._saved_at = -_STATE_INTERVAL_SECONDS
@@ -217,7 +218,7 @@ class StageRun:
         self._lock = lock
         self._remove_traces_of_a_kill()
         self._inputs = describe_inputs(self.arguments)
-        identity = fingerprint(self.arguments, self.stage, self._inputs)
+        identity = self._identity = fingerprint(self.arguments, self.stage, self._inputs)
         if (self.folder / METRICS).is_file():
             if read_metrics(self.folder).get("fingerprint") == identity:
                 self.finished = True
@@ -300,6 +301,15 @@ class StageRun:
             }
         self._save_state()
         self._write_recipe()
+
+    def begin_anew(self, reason: str) -> None:
+        """Remove what a finished run left, and begin: for a stage that finds its own folder damaged (main process)."""
+        assert self.finished
+        assert self.is_main
+        logger.warning("%s: made anew, since it is damaged: %s", self.folder, reason)
+        remove_folder(self.folder)
+        self.finished = False
+        self._begin(self._identity)
 
     def _read_state(self) -> dict[str, Any]:
         path = self.folder / STATE

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from transformers import AutoTokenizer
 
 from hf_scratch_gpt.data import prepare, tokenised, tokenizer_stage, workers
 from hf_scratch_gpt.data.corpus import Corpus
-from hf_scratch_gpt.data.shards import TokenShards, read_manifest, tokenizer_fingerprint
+from hf_scratch_gpt.data.manifest import read_manifest
+from hf_scratch_gpt.data.shards import TokenShards, tokenizer_fingerprint
 from hf_scratch_gpt.runs import read_metrics
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "<|endoftext|>", "tags", "é", "漢"]
@@ -154,6 +156,23 @@ def test_an_error_half_way_leaves_nothing_that_looks_finished(tmp_path, text, to
         TokenShards(tmp_path / "prepare")
     broken.write_text(text.read_text())
     assert len(documents_in(prepare.run(arguments(tmp_path / "prepare", broken, tokenizer_folder)), "train")) > 100
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "heldout.jsonl", "data_report.json", "tokenizer.json", "train/shard-00001.starts.npy"]
+)
+def test_a_finished_folder_that_is_damaged_is_made_anew(tmp_path, text, tokenizer_folder, prepared, caplog, name):
+    folder = tmp_path / "prepare"
+    shutil.copytree(prepared, folder)
+    settings = arguments(folder, text, tokenizer_folder, num_workers=1)
+    run_id = read_metrics(prepare.run(settings))["run_id"]
+    assert run_id == read_metrics(prepared)["run_id"], "a whole folder is left as it is"
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    assert read_metrics(prepare.run(settings))["run_id"] != run_id
+    assert f"{folder}: made anew, since it is damaged: {folder}/{name}" in caplog.text
+    assert files_in(folder) == files_in(prepared)
 
 
 @pytest.fixture

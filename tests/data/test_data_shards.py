@@ -1,17 +1,15 @@
 """Shards give back what was written, whatever the shard size; damage is found and named; text makes no separator."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_scratch_gpt.data.manifest import read_manifest, write_manifest
 from hf_scratch_gpt.data.shards import (
     ShardWriter,
     TokenShards,
     encode_documents,
-    read_manifest,
     separator_id,
     token_dtype,
 )
@@ -26,7 +24,7 @@ def write(folder, documents, shard_tokens=7, vocab_size=301):
     for ids in documents:
         writer.add(np.array(ids, dtype), len(ids))
     manifest = {"dtype": dtype.name, "separator_id": 0, "splits": {"train": writer.close()}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest, [])
     return folder
 
 

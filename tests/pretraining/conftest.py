@@ -16,6 +16,7 @@ def _documents(count: int, seed: int) -> list[str]:
 
 def _prepare(folder: Path, mask_token: bool) -> Path:
     """What `scratch-gpt prepare` writes, for a corpus of a few words."""
+    from hf_scratch_gpt.data.manifest import write_manifest
     from hf_scratch_gpt.data.shards import (
         ShardWriter,
         encode_documents,
@@ -27,7 +28,7 @@ def _prepare(folder: Path, mask_token: bool) -> Path:
 
     train, heldout = _documents(200, 0), _documents(10, 1)
     tokenizer = ScratchGPTTokenizer.train(train, 300, mask_token)
-    tokenizer.save_pretrained(folder)
+    saved = tokenizer.save_pretrained(folder)
     dtype = token_dtype(len(tokenizer))
     splits = {}
     for split, texts in (("train", train), ("heldout", heldout)):
@@ -44,7 +45,7 @@ def _prepare(folder: Path, mask_token: bool) -> Path:
         "dtype": dtype.name,
         "splits": splits,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, manifest, ["heldout.jsonl", *(Path(name).name for name in saved)])
     return folder
 
 

@@ -11,7 +11,7 @@ from hf_scratch_gpt.data import tokenizer_stage
 from hf_scratch_gpt.data.cleaning import Cleaner
 from hf_scratch_gpt.data.documents import Document
 from hf_scratch_gpt.data.filters import CleaningSettings
-from hf_scratch_gpt.data.shards import read_manifest
+from hf_scratch_gpt.data.manifest import read_manifest
 from hf_scratch_gpt.reporting.data_report import binary_number, cluster_bins, write_data_report
 from hf_scratch_gpt.runs import read_json, read_metrics
 
