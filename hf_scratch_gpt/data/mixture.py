@@ -7,7 +7,7 @@ windows, and weights can be changed without new shards.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,30 @@ def parse_mixture(weights: MixtureWeights, sources: Sequence[str]) -> dict[str, 
         )
     total = sum(mapping.values())
     return {source: mapping[source] / total for source in sources}
+
+
+def describe_shares(tokens: Mapping[str, int], shares: Mapping[str, float] | None) -> list[dict[str, Any]]:
+    """What each source gives to one pass: to a run over as many tokens as all sources have together.
+
+    Args:
+        tokens (`Mapping[str, int]`): Training tokens of each source.
+        shares (`Mapping[str, float]`, *optional*): As `parse_mixture` gives them; without, each token is seen once.
+
+    Returns:
+        `list[dict]`: `source`; its `tokens`, and `token_share` of all tokens; `weight`, its share of a pass, `None`
+        where none was asked for; and `epochs_of_a_pass`, how often a pass sees all of it, `None` if it is empty.
+    """
+    total = sum(tokens.values())
+    return [
+        {
+            "source": source,
+            "tokens": count,
+            "token_share": count / total,
+            "weight": None if shares is None else shares[source],
+            "epochs_of_a_pass": (1.0 if shares is None else shares[source] * total / count) if count else None,
+        }
+        for source, count in tokens.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from hf_scratch_gpt.data.corpus import CorpusArguments, check_corpus_arguments, 
 from hf_scratch_gpt.data.data_report import DATA_REPORT, filter_counts
 from hf_scratch_gpt.data.encoding import encoder_settings
 from hf_scratch_gpt.data.manifest import PREPARE_AGAIN, check_files, read_manifest, write_manifest
-from hf_scratch_gpt.data.mixture import MixtureWeights, parse_mixture
+from hf_scratch_gpt.data.mixture import MixtureWeights, describe_shares, parse_mixture
 from hf_scratch_gpt.data.processing import ProcessorSettings
 from hf_scratch_gpt.data.shards import SPLITS, TokenShards, separator_id, token_dtype, tokenizer_fingerprint
 from hf_scratch_gpt.data.sources import KNOWN_TERMS, PYTHON_DOCS
@@ -246,6 +246,10 @@ def run(arguments: PrepareArguments) -> Path:
         report, removed = folder.cleaning.data_report(), dict(folder.cleaning.removed)
         write_json(run.folder / DATA_REPORT, report)
         metrics["filters"] = [filter_counts(entry) for entry in report["filters"]]
+        mixture = parse_mixture(arguments.mixture, arguments.sources)
+        metrics["shares"] = describe_shares(
+            {source: sizes["train_tokens"] for source, sizes in folder.by_source.items()}, mixture
+        )
         manifest = {
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "vocab_size": len(tokenizer),
@@ -254,7 +258,8 @@ def run(arguments: PrepareArguments) -> Path:
             "recipe_hash": fingerprint(arguments, "prepare"),
             "splits": splits,
             "sources": arguments.sources,
-            "mixture": parse_mixture(arguments.mixture, arguments.sources),
+            "mixture": mixture,
+            "shares": metrics["shares"],
             "removed": removed,
             "filters": metrics["filters"],
         }

@@ -95,6 +95,7 @@ def _sections(
         "settings": card_making.setting_rows(lineage, ledger),
         "data": card_making.data_rows(lineage, settings, card, ledger),
         "tasks": card_making.task_figures(lineage, ledger),
+        "shares": card_making.share_rows(lineage, ledger),
         "reading": card_making.reading_figures(lineage, ledger),
         "languages": card_making.languages(lineage, settings),
         "machines": card_making.machines(lineage, ledger),

@@ -186,6 +186,43 @@ def reading_figures(lineage: Lineage, ledger: Ledger) -> dict[str, str] | None:
     }
 
 
+def share_rows(lineage: Lineage, ledger: Ledger) -> list[dict[str, str]]:
+    """A row for each source that pretraining drew from: weight asked for, realised share of its tokens, and epochs.
+
+    Without a mixture all windows are drawn equally often, so that a source's share is that of its text.
+    """
+    run = next((run for run in lineage.runs if run.stage == "pretrain"), None)
+    if run is None:
+        return []
+    metrics, mixture = run.metrics, run.report.get("metrics", {}).get("mixture")
+    if mixture:
+        return [
+            {
+                "source": ledger.name(last_part(str(told["source"]))),
+                "weight": ledger.number(metrics, "metrics", "mixture", index, "weight", form="{:.3f}"),
+                "share": ledger.number(metrics, "metrics", "mixture", index, "share", form="{:.3f}"),
+                "epochs": ledger.number(metrics, "metrics", "mixture", index, "epochs", form="{:,.3g}"),
+            }
+            for index, told in enumerate(mixture)
+        ]
+    source = next((lineage.source_of(entry) for setting, entry in run.inputs() if setting == "dataset_dir"), None)
+    by_source = source.report.get("metrics", {}).get("by_source") if source is not None else None
+    if source is None or not by_source:
+        return []
+    whole: Origin = (source.metrics, ("metrics", "train_tokens"))
+    return [
+        {
+            "source": ledger.name(last_part(str(told["source"]))),
+            "weight": "",
+            "share": ledger.compute(
+                [(source.metrics, ("metrics", "by_source", index, "train_tokens")), whole], "first / second", "{:.3f}"
+            ),
+            "epochs": ledger.number(metrics, "metrics", "epochs", form="{:,.3g}"),
+        }
+        for index, told in enumerate(by_source)
+    ]
+
+
 def hub_ids(lineage: Lineage, fields: tuple[str, ...]) -> list[str]:
     """The inputs of these settings that are Hub ids: neither a run nor a file, and named like one."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

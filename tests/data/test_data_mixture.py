@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_scratch_gpt.data.loader import MixtureWindows, data_usage, make_mixture
-from hf_scratch_gpt.data.mixture import Turns, parse_mixture
+from hf_scratch_gpt.data.mixture import Turns, describe_shares, parse_mixture
 
 SIZES = {"good": 1_003, "web": 50_000, "tiny": 200}
 SHARES = {"good": 0.3, "web": 0.695, "tiny": 0.005}
@@ -129,3 +129,15 @@ def test_a_source_shorter_than_a_window_is_named():
         ValueError, match="the source tiny has 200 tokens in the train part, too few for windows of 201"
     ):
         MixtureWindows(SourceShards(), 201, SHARES)
+
+
+def test_a_pass_sees_a_source_as_often_as_its_weight_says():
+    """90 and 10 tokens: half a pass of 100 is 50 of each, which is 5/9 and 5 times."""
+    tokens = {"large": 90, "small": 10}
+    described = describe_shares(tokens, {"large": 0.5, "small": 0.5})
+    assert [entry["token_share"] for entry in described] == [0.9, 0.1]
+    assert [entry["epochs_of_a_pass"] for entry in described] == pytest.approx([5 / 9, 5])
+    assert sum(entry["epochs_of_a_pass"] * entry["tokens"] for entry in described) == pytest.approx(100)
+    assert [(entry["weight"], entry["epochs_of_a_pass"]) for entry in describe_shares(tokens, None)] == [(None, 1)] * 2
+    empty = describe_shares({"all": 5, "none": 0}, None)[1]
+    assert (empty["token_share"], empty["epochs_of_a_pass"]) == (0, None)

@@ -27,6 +27,15 @@ def test_the_shares_and_epochs_of_a_run_are_in_its_metrics(mixed_folder, make_ar
     assert manifest["mixture"] == {small: 0.75, large: 0.25}
     ranges = {part["source"]: part for part in manifest["splits"]["train"]["sources"]}
     assert ranges[large]["start"] == ranges[small]["tokens"]
+    tokens = manifest["splits"]["train"]["tokens"]
+    shares = {entry.pop("source"): entry for entry in manifest["shares"]}
+    assert shares[small] == {
+        "tokens": ranges[small]["tokens"],
+        "token_share": pytest.approx(ranges[small]["tokens"] / tokens),
+        "weight": 0.75,
+        "epochs_of_a_pass": pytest.approx(0.75 * tokens / ranges[small]["tokens"]),
+    }
+    assert sum(entry["token_share"] for entry in shares.values()) == pytest.approx(1)
     metrics = read_metrics(pretrain.run(make_arguments(dataset_dir=str(mixed_folder))))["metrics"]
     assert [entry["share"] for entry in metrics["mixture"]] == [0.75, 0.25]
     assert metrics["mixture"][0]["tokens"] == 18 * 32

@@ -42,7 +42,9 @@ SIZES = {
             **{"preferences_train": {"words": 500}, "preferences_heldout": {"words": 50}},
         },
     },
-    "pretrain": {"steps": 604, "heldout_documents": 80, "heldout_bytes": 300_000, "objective": "causal"},
+    "pretrain": {
+        **{"steps": 604, "heldout_documents": 80, "heldout_bytes": 300_000, "objective": "causal", "epochs": 1.571},
+    },
     "sft": {
         **{"parameters": 4_100_000, "steps": 400, "tokens": 1_298_968, "heldout_examples": 997, "heldout_loss": 0.676},
         **{"heldout_loss_interval": [0.616, 0.735], "heldout_token_accuracy": 0.871},

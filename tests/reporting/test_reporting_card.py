@@ -458,6 +458,34 @@ def test_a_base_model_learnt_from_no_questions(whole_road):
     assert "1,000 for training and\n60 held out" in make_card(whole_road / "sft", SETTINGS)
 
 
+MIXTURE = [
+    {"source": "/home/somebody/secret/my|texts", "weight": 0.75, "share": 0.7481, "tokens": 37_405, "epochs": 0.7481},
+    {"source": "python-docs", "weight": 0.25, "share": 0.2519, "tokens": 12_595, "epochs": 0.0041983},
+]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "ppo"])
+def test_each_source_has_its_weight_share_and_epochs(road, stage):
+    """50,000 and 3,000,000 of 3,050,000 tokens where no weights are asked for, each token as often as any other."""
+    change(road, "prepare", lambda report: report["metrics"].update(train_tokens=3_050_000))
+    heading = (
+        "| source | weight asked for | realised share of training tokens | epochs |\n| --- | ---: | ---: | ---: |\n"
+    )
+    text = make_card(road / stage, SETTINGS)
+    assert heading + "| my\\|texts | – | 0.016 | 1.57 |\n| python-docs | – | 0.984 | 1.57 |\n\n" in text
+    assert "No weights were asked for" in text
+    change(road, "pretrain", lambda report: report["metrics"].update(mixture=MIXTURE))
+    text = make_card(road / stage, SETTINGS)
+    assert heading + "| my\\|texts | 0.750 | 0.748 | 0.748 |\n| python-docs | 0.250 | 0.252 | 0.0042 |\n\n" in text
+    assert "No weights were asked for" not in text
+    check_origins(road, text)
+    for key in ("weight", "share", "epochs"):
+        put_back = edit_figures(road, [("pretrain/metrics.json", f".metrics.mixture[1].{key}")], remove)
+        with pytest.raises(ValueError, match=rf"pretrain/metrics\.json lacks \.metrics\.mixture\[1\]\.{key}"):
+            make_card(road / stage, SETTINGS)
+        put_back()
+
+
 def test_languages_are_told_only_if_all_are_known(road):
     assert "Which languages the text is in was not stated." in make_card(road / "sft", SETTINGS)
     declared = load_settings((DECLARED | {"language": ["de", "en", "code"]}, "test"))
