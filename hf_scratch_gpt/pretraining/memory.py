@@ -74,6 +74,8 @@ class TrainingSetup:
         gpus (`int`, *optional*, defaults to `1`): Devices that the model is trained on.
         sharding (`str`, *optional*, defaults to `"none"`): What is spread over them: nothing (DDP); gradients and
             optimizer states (ZeRO-2, FSDP without resharding after the forward pass); `"full"`: weights too (ZeRO-3).
+        saves (`bool`, *optional*, defaults to `False`): Checkpoints are written while training goes on, from a
+            snapshot in the host's memory, which on a CPU is the memory that training has.
     """
 
     micro_batch: int
@@ -86,6 +88,7 @@ class TrainingSetup:
     device: Literal["cuda", "cpu"] = "cuda"
     gpus: int = 1
     sharding: str = "none"
+    saves: bool = False
 
     @property
     def tokens(self) -> int:
@@ -205,6 +208,7 @@ class Moment:
         optimizer (`int`): States, and what the step itself needs for a moment.
         activations (`int`): What autograd keeps, autocast's copies of weights, and the layer in work.
         logits (`int`): Logits, log-probabilities, and their gradients.
+        snapshot (`int`, *optional*, defaults to `0`): What a checkpoint is written from, if it lies in this memory.
     """
 
     name: str
@@ -213,17 +217,26 @@ class Moment:
     optimizer: int
     activations: int
     logits: int
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
         """The sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.snapshot
 
 
 def optimizer_state_bytes(size: ModelSize, optimizer: str) -> int:
     """AdamW keeps two numbers a parameter; Muon one for each of its matrices, with AdamW for the rest."""
     hidden = _hidden(size) if optimizer == "muon" else 0
     return _FP32 * (2 * (size.parameters - hidden) + hidden)
+
+
+def snapshot_bytes(size: ModelSize, optimizer: str) -> int:
+    """Host memory of the main process that `pretrain` copies each checkpoint into: whole weights and states, fp32.
+
+    It is taken at the first checkpoint and kept, so that training need not wait for the disk (see `snapshot`).
+    """
+    return _FP32 * size.parameters + optimizer_state_bytes(size, optimizer)
 
 
 def _hidden(size: ModelSize) -> int:
@@ -255,6 +268,7 @@ def training_moments(config: Any, size: ModelSize, setup: TrainingSetup) -> list
     """
     weights, gathered_gradients, share = _sharded(size, setup)
     states = optimizer_state_bytes(size, setup.optimizer) // share
+    snapshot = snapshot_bytes(size, setup.optimizer) if setup.saves and setup.device == "cpu" else 0
     layers, embedding = _kept_of_layers(config, setup), embedding_bytes(config, setup)
     input_of_head, loss = head_bytes(config, setup)
     logits = config.vocab_size * setup.tokens
@@ -271,7 +285,7 @@ def training_moments(config: Any, size: ModelSize, setup: TrainingSetup) -> list
         """With the weights whose gradients are done, and those whose new ones wait to be added to others."""
         held = (size.parameters if setup.accumulates else done) + (flying if share == 1 else 0)
         gradients = _FP32 * held // share + gathered_gradients
-        return Moment(name, weights, gradients, states + step, embedding + activations, logits)
+        return Moment(name, weights, gradients, states + step, embedding + activations, logits, snapshot)
 
     tied = config.tie_word_embeddings
     waiting = size.head if tied else 0  # a tied head's gradient waits for the embedding's, as large again

@@ -97,6 +97,7 @@ def choose(config: Any, size: ModelSize, request: Request) -> tuple[TrainingSetu
                 device=request.device,
                 gpus=request.gpus,
                 sharding=sharding,
+                saves=True,
             )
             peak = memory.peak(config, size, setup)
             if peak.total <= request.usable:
@@ -170,6 +171,7 @@ def make_plan(model: str, config: Any, request: Request, mfu: float, peak_tflops
         "setup": dataclasses.asdict(setup),
         "peak": _parts(peak),
         "moments": {moment.name: _parts(moment) for moment in memory.training_moments(config, size, setup)},
+        "snapshot_in_host_memory": memory.snapshot_bytes(size, setup.optimizer),
         "inference": {
             "weights": 2 * size.parameters,
             "cache_of_a_sequence": memory.cache_bytes(config, 1, request.sequence_length),
@@ -233,7 +235,7 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
         f"  memory          {_gib(peak['total'])} GiB a {one} of {_gib(plan['usable_memory_of_a_device'])} usable, "
         f"at the peak ({peak['name']}):",
     ]
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    names = ["weights", "gradients", "optimizer", "activations", "logits", *(["snapshot"] if peak["snapshot"] else [])]
     lines += [f"    {name:14}{_gib(peak[name]):>9} GiB" for name in names]
     if not plan["fits"]:
         lines.append(_remedy(plan))
@@ -241,6 +243,11 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
         lines.append("  note            `scratch-gpt pretrain` itself trains with sharding none so far")
     if setup["checkpointing"]:
         lines.append("  note            `scratch-gpt pretrain` itself has no checkpointing so far")
+    if setup["device"] == "cuda":
+        lines.append(
+            f"  host memory     {_gib(plan['snapshot_in_host_memory'])} GiB more in the main process, pinned, for the "
+            "snapshot of a checkpoint"
+        )
     if setup["device"] == "cpu":
         lines.append(
             "  note            what is in use; `scratch-gpt pretrain` keeps freed memory: a third more resident"

@@ -3,10 +3,11 @@
     python tests/benchmarks/plan_memory.py [--kept]
 
 Measured is the highest resident memory of a process (VmHWM) over two optimizer steps of pretraining's own loss and
-optimizers, above what was resident after the imports and a step of a tiny model, which loads the libraries' kernels.
+optimizers, with a checkpoint after each as `scratch-gpt pretrain` writes them, above what was resident after the
+imports and a step of a tiny model, which loads the libraries' kernels.
 The C library is told to return each freed buffer to the system (MALLOC_MMAP_THRESHOLD_), so that what counts is what
 is in use. `--kept` measures again with the setting that `scratch-gpt pretrain` makes for speed, which keeps freed
-memory, so that holes between tensors count too. Linux only; takes 3 GB. Exits with 1 if a plan is more than 10% from
+memory, so that holes between tensors count too. Linux only; takes 4 GB. Exits with 1 if a plan is more than 10% from
 what is in use.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 TOLERANCE = 0.10
@@ -55,11 +57,12 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
-def train(config, setup, accumulation_steps, steps):
-    """Optimizer steps on random tokens, as the pretraining loop takes them."""
+def train(config, setup, accumulation_steps, steps, folder):
+    """Optimizer steps on random tokens as the pretraining loop takes them, each with a checkpoint in `folder`."""
     import torch
 
     from hf_scratch_gpt.model import ScratchGPTForCausalLM
+    from hf_scratch_gpt.pretraining.checkpointing import CheckpointWriter, TrainingState
     from hf_scratch_gpt.pretraining.optimizers import make_optimizers
     from hf_scratch_gpt.pretraining.setup import LanguageModelLoss
 
@@ -67,14 +70,17 @@ def train(config, setup, accumulation_steps, steps):
     if setup["checkpointing"]:
         model.activation_checkpointing_enable()
     module, optimizers = LanguageModelLoss(model, setup["bf16"]), make_optimizers(model, setup["optimizer"])
+    checkpoints = CheckpointWriter(folder)
     shape = (setup["micro_batch"], setup["sequence_length"])
-    for _ in range(steps):
+    for step in range(steps):
         for _ in range(accumulation_steps):
             loss = module(torch.randint(config.vocab_size, shape)) / (shape[0] * shape[1])
             loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizers.step()
         optimizers.zero_grad()
+        checkpoints.save(model, optimizers, TrainingState(step=step))
+    checkpoints.close()
 
 
 def measure(name, keep):
@@ -87,12 +93,13 @@ def measure(name, keep):
     tiny = {**config.to_dict(), "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}
     tiny |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "layer_types": None}
     setup = planned["setup"]
-    train(type(config)(**tiny), {**setup, "micro_batch": 1, "sequence_length": 16}, 1, 1)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the peak starts again from here
-    baseline = resident("VmRSS")
-    train(config, setup, planned["accumulation_steps"], STEPS)
-    print(resident("VmHWM") - baseline)
+    with tempfile.TemporaryDirectory() as folder:
+        train(type(config)(**tiny), {**setup, "micro_batch": 1, "sequence_length": 16}, 1, 1, f"{folder}/tiny")
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # the peak starts again from here
+        baseline = resident("VmRSS")
+        train(config, setup, planned["accumulation_steps"], STEPS, f"{folder}/planned")
+        print(resident("VmHWM") - baseline)
 
 
 def run_case(name, keep):

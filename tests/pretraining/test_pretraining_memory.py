@@ -11,7 +11,9 @@ from transformers.cache_utils import StaticCache
 
 from hf_scratch_gpt.model import ScratchGPTConfig
 from hf_scratch_gpt.pretraining import memory
+from hf_scratch_gpt.pretraining.checkpointing import CheckpointWriter, TrainingState
 from hf_scratch_gpt.pretraining.memory import ModelSize, TrainingSetup, measure_model
+from hf_scratch_gpt.pretraining.optimizers import make_optimizers
 
 KINDS = {
     "modern": ("modern-5m", {}),
@@ -104,6 +106,28 @@ def step_of(**settings):
 def test_weights_gradients_and_adamw_take_sixteen_bytes_a_parameter():
     step = step_of()
     assert (step.name, step.weights, step.gradients, step.optimizer) == ("step", 4000, 4000, 8000)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_snapshot_of_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer, tied):
+    config = tiny_config("modern-5m", tie_word_embeddings=tied)
+    setup = TrainingSetup(1, 8, bf16=False, optimizer=optimizer, device="cpu")
+    module = make_loss_module(config, setup)
+    optimizers = make_optimizers(module.model, optimizer)
+    module(torch.randint(100, (1, 8))).backward()
+    optimizers.step()
+    writer = CheckpointWriter(tmp_path)
+    writer.save(module.model, optimizers, TrainingState(step=1))
+    writer.close()
+    held = sum(snapshot._memory.nbytes for snapshot in (writer._model, writer._optimizers))
+    counters = sum("step" in state for part in optimizers.parts for state in part.state.values())
+    size = measure_model(config)
+    assert held == memory.snapshot_bytes(size, optimizer) + 4 * counters
+    without = memory.peak(config, size, setup).total
+    assert memory.peak(config, size, dataclasses.replace(setup, saves=True)).total == without + held - 4 * counters
+    on_gpu = dataclasses.replace(setup, device="cuda")
+    assert memory.peak(config, size, dataclasses.replace(on_gpu, saves=True)) == memory.peak(config, size, on_gpu)
 
 
 def test_sharding_by_hand():

@@ -31,6 +31,7 @@ def test_a_plan_tells_all_in_text(capsys):
         "Inference in bf16: weights 12.40 GiB, keys and values of a sequence of 2,048 tokens 0.56 GiB",
         "compute-optimal budget: 133.17B tokens (20 a parameter)",
         "hours at 40% of 64 x 989 TFLOPS",
+        "host memory     74.41 GiB more in the main process",  # 12 bytes a parameter
     ):
         assert told in printed
 
@@ -40,13 +41,24 @@ def test_the_numbers_of_a_plan_belong_together(capsys):
     setup, peak = told["setup"], told["peak"]
     assert 4 * setup["micro_batch"] * told["accumulation_steps"] == told["batch_size"] == 64
     assert setup["accumulates"] == (told["accumulation_steps"] > 1)
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "snapshot")
     assert peak["total"] == sum(peak[part] for part in parts)
     assert peak["total"] == max(moment["total"] for moment in told["moments"].values())
     assert told["fits"]
     assert peak["total"] <= told["usable_memory_of_a_device"] == int(0.9 * 80 * GIB)
     assert told["inference"]["weights"] == 2 * 354_823_168
     assert told["hours"] == pytest.approx(told["compute_optimal_flops"] / (4 * 100e12 * 0.5) / 3600)
+
+
+def test_the_snapshot_of_a_checkpoint_counts_where_training_has_the_hosts_memory(capsys):
+    on_gpu, on_cpu = (planned(capsys, "gpt2-124m", "--device", device) for device in ("cuda", "cpu"))
+    assert on_gpu["snapshot_in_host_memory"] == on_cpu["snapshot_in_host_memory"] == 12 * on_gpu["parameters"]
+    assert on_gpu["peak"]["snapshot"] == 0
+    assert on_cpu["peak"]["snapshot"] == 12 * on_cpu["parameters"]
+    assert main(["plan", "gpt2-124m", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "    snapshot           1.39 GiB\n" in printed
+    assert "host memory" not in printed
 
 
 def request(gibibytes, gpus=8, **settings):
