@@ -9,6 +9,7 @@ from pretraining_tiny import TINY_MODEL, StopAfter
 from safetensors.torch import load_file
 
 import hf_scratch_gpt.pretraining.setup as setup
+from hf_scratch_gpt.data.manifest import read_manifest, write_manifest
 from hf_scratch_gpt.pretraining.loop import PretrainingLoop
 from hf_scratch_gpt.pretraining.pretrain import run
 from hf_scratch_gpt.runs import Interrupted, read_metrics
@@ -122,6 +123,11 @@ def test_a_foreign_tokenizer_is_refused(make_arguments, prepared_folder, tmp_pat
     merges = tokenizer["model"]["merges"]
     merges[0], merges[1] = merges[1], merges[0]
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"copy/tokenizer\.json: .*; run the stage 'prepare' again"):
+        run(make_arguments(dataset_dir=str(copy)))
+    manifest = read_manifest(copy)  # whoever lists the other tokenizer still has the shards of this one
+    files = list(manifest.pop("files"))
+    write_manifest(copy, {name: value for name, value in manifest.items() if name != "sha256"}, files)
     with pytest.raises(ValueError, match="its tokenizer is not the one that the shards were made with"):
         run(make_arguments(dataset_dir=str(copy)))
 
