@@ -6,7 +6,8 @@ what restarts (`attention_mask` stays `None`): so a document begins with a separ
 predicted from nothing else, and the separator after it is its end. Labels are the input ids themselves, with no
 position masked; the model shifts them.
 
-With a mixture (`MixtureWindows`) each source has windows, orders and epochs of its own.
+With a mixture (`MixtureWindows`) each source has windows, orders and epochs of its own. Documents that are packed
+whole instead are in `packed_windows`.
 """
 
 from typing import Any
@@ -23,8 +24,10 @@ __all__ = [
     "batch_windows",
     "data_usage",
     "make_mixture",
+    "mixture_shares",
     "sample_numbers",
     "shuffled_index",
+    "source_seed",
     "windows_per_epoch",
 ]
 
@@ -108,6 +111,11 @@ def document_positions(input_ids: np.ndarray, separator_id: int) -> np.ndarray:
 def sample_numbers(batch_size: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
     """Numbers of a batch's windows since the start of training, int64 of shape (batch_size,)."""
     return (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
+
+
+def source_seed(seed: int, source: int) -> int:
+    """A seed for each source of a mixture: the same text in another place of it has another order."""
+    return int(np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0])
 
 
 def batch_windows(
@@ -206,8 +214,7 @@ class MixtureWindows:
         starts = np.empty(len(samples), np.int64)
         for source in np.unique(sources).tolist():
             chosen, part = sources == source, self._parts[source]
-            # The same text in another place of the mixture has another order.
-            own_seed = int(np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0])
+            own_seed = source_seed(seed, source)
             starts[chosen] = part["start"] + _window_starts(
                 part["tokens"], self._counts[source], self.context_length, own_seed, numbers[chosen]
             )
@@ -233,13 +240,22 @@ class MixtureWindows:
         ]
 
 
+def mixture_shares(shards: TokenShards, weights: MixtureWeights) -> dict[str, float] | None:
+    """Each source's share by the given `weights`, else by those in the manifest; `None` if neither says any.
+
+    Raises:
+        ValueError: for weights that do not fit the sources.
+    """
+    return parse_mixture(weights or shards.manifest.get("mixture"), shards.manifest.get("sources", []))
+
+
 def make_mixture(shards: TokenShards, context_length: int, weights: MixtureWeights) -> MixtureWindows | None:
     """The mixture of the given `weights`, else of those in the manifest; `None` if neither says any.
 
     Raises:
         ValueError: for weights that do not fit the sources, or a source shorter than one window.
     """
-    shares = parse_mixture(weights or shards.manifest.get("mixture"), shards.manifest.get("sources", []))
+    shares = mixture_shares(shards, weights)
     return None if shares is None else MixtureWindows(shards, context_length, shares)
 
 
