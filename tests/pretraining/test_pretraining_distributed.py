@@ -26,7 +26,7 @@ JOBS = {
     # Each process has other padding: the mean is over the targets of all.
     "packed alone": (1, "none", {"packing": "best_fit"}),
     "packed ddp": (2, "ddp", {"packing": "best_fit"}),
-    "packed fsdp": (4, "fsdp", {"packing": "best_fit"}),
+    "packed fsdp": (2, "fsdp", {"packing": "best_fit"}),
     "masked alone": (1, "none", {"objective": "masked"}),
     "masked fsdp": (2, "fsdp", {"objective": "masked", "gradient_accumulation_steps": 2}),
 }
