@@ -27,6 +27,7 @@ __all__ = [
     "mixture_shares",
     "sample_numbers",
     "shuffled_index",
+    "source_parts",
     "source_seed",
     "windows_per_epoch",
 ]
@@ -167,6 +168,19 @@ def _read_windows(
     return {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)}
 
 
+def source_parts(shards: TokenShards, shares: dict[str, float]) -> list[dict[str, Any]]:
+    """Where in the shards the tokens of each source of a mixture are: their entries of `TokenShards.sources`.
+
+    Raises:
+        ValueError: if the shards do not tell it.
+    """
+    if not shards.sources:
+        raise ValueError(f"{shards.folder}: does not tell its sources' tokens; run the stage 'prepare' again")
+    parts = [part for part in shards.sources if part["source"] in shares]
+    assert len(parts) == len(shares), "shares name a source that the shards have not"
+    return parts
+
+
 class MixtureWindows:
     """Windows of several sources, each source with its share of them.
 
@@ -180,11 +194,8 @@ class MixtureWindows:
     """
 
     def __init__(self, shards: TokenShards, context_length: int, shares: dict[str, float]):
-        if not shards.sources:
-            raise ValueError(f"{shards.folder}: does not tell its sources' tokens; run the stage 'prepare' again")
         self._shards, self.context_length = shards, context_length
-        self._parts = [part for part in shards.sources if part["source"] in shares]
-        assert len(self._parts) == len(shares), "shares name a source that the shards have not"
+        self._parts = source_parts(shards, shares)
         for part in self._parts:
             if part["tokens"] < context_length:
                 raise ValueError(

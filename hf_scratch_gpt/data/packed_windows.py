@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_scratch_gpt.data.loader import mixture_shares, sample_numbers, shuffled_index, source_seed
+from hf_scratch_gpt.data.loader import mixture_shares, sample_numbers, shuffled_index, source_parts, source_seed
 from hf_scratch_gpt.data.masking import IGNORED
 from hf_scratch_gpt.data.mixture import MixtureWeights, Turns
 from hf_scratch_gpt.data.packing import PackingPlan, plan_windows
@@ -54,9 +54,7 @@ class PackedWindows:
         if shares is None:
             shares, parts = {_WHOLE: 1.0}, [{"source": _WHOLE, "start": 0, "tokens": len(shards)}]
         else:
-            parts = [part for part in shards.sources if part["source"] in shares]
-            if not shards.sources:
-                raise ValueError(f"{shards.folder}: does not tell its sources' tokens; run the stage 'prepare' again")
+            parts = source_parts(shards, shares)
         self._names = [part["source"] for part in parts]
         self._weights = [shares[name] for name in self._names]
         self.plans = _plan_parts(shards, context_length, parts)
@@ -177,6 +175,11 @@ def _plan_parts(shards: TokenShards, context_length: int, parts: list[dict[str, 
             raise ValueError(
                 f"{shards.folder}: the source {part['source']} has no documents in the {shards.split} part; leave it "
                 "out of 'sources', or give it more text"
+            )
+        if documents[first] != part["start"]:
+            raise ValueError(
+                f"{shards.folder}: no document begins at token {part['start']} of the {shards.split} part, where "
+                "the manifest says that one does; run the stage 'prepare' again"
             )
         plans.append(plan_windows(documents[first:last], end, context_length))
     return plans

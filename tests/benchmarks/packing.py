@@ -31,7 +31,9 @@ def stage(name: str, output: Path, **settings: object) -> Path:
     """Run a stage on its command line; returns its folder."""
     flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     command = [sys.executable, "-m", "hf_scratch_gpt", name, "--output_dir", str(output), *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return output
 
 
@@ -89,12 +91,13 @@ def plan_a_million(context_lengths: list[int]) -> None:
 def train(prepared: Path, folder: Path, steps: int, context_length: int, seeds: list[int]) -> None:
     """Print bits per byte after as many windows of each kind."""
     settings = {"context_length": context_length, "batch_size": 4096 // context_length, "max_steps": steps}
+    overrides = ",".join([*SMALL, f"max_position_embeddings={context_length}"])
     for seed in seeds:
         for packing in ("contiguous", "best_fit"):
             output = folder / f"{packing}-{seed}"
             stage(
                 "pretrain", output, dataset_dir=prepared, packing=packing, seed=seed, compile="false",
-                model_overrides=",".join(SMALL), checkpoint_seconds=0.0, **settings,
+                model_overrides=overrides, checkpoint_seconds=0.0, **settings,
             )  # fmt: skip
             metrics = json.loads((output / "metrics.json").read_text())["metrics"]
             low, high = metrics["heldout_bits_per_byte_interval"]

@@ -180,3 +180,12 @@ def test_a_source_without_documents_is_named():
     shards.sources[2]["tokens"] = 0
     with pytest.raises(ValueError, match="the source tiny has no documents in the train part"):
         PackedWindows(shards, 16, SHARES)
+
+
+def test_an_index_that_does_not_fit_the_manifest_is_refused():
+    shards = mixed_shards()
+    shards.sources[1]["start"] += 1
+    with pytest.raises(
+        ValueError, match=f"no document begins at token {shards.sources[1]['start']} of the train part"
+    ):
+        PackedWindows(shards, 16, SHARES)
