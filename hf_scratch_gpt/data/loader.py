@@ -6,7 +6,8 @@ what restarts (`attention_mask` stays `None`): so a document begins with a separ
 predicted from nothing else, and the separator after it is its end. Labels are the input ids themselves, with no
 position masked; the model shifts them.
 
-With a mixture (`MixtureWindows`) each source has windows, orders and epochs of its own.
+With a mixture (`MixtureWindows`) each source has windows, orders and epochs of its own. Documents that are packed
+whole instead are in `packed_windows`.
 """
 
 from typing import Any
@@ -23,8 +24,11 @@ __all__ = [
     "batch_windows",
     "data_usage",
     "make_mixture",
+    "mixture_shares",
     "sample_numbers",
     "shuffled_index",
+    "source_parts",
+    "source_seed",
     "windows_per_epoch",
 ]
 
@@ -110,6 +114,11 @@ def sample_numbers(batch_size: int, step: int, rank: int = 0, world_size: int = 
     return (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
 
 
+def source_seed(seed: int, source: int) -> int:
+    """A seed for each source of a mixture: the same text in another place of it has another order."""
+    return int(np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0])
+
+
 def batch_windows(
     shards: TokenShards,
     context_length: int,
@@ -159,6 +168,19 @@ def _read_windows(
     return {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)}
 
 
+def source_parts(shards: TokenShards, shares: dict[str, float]) -> list[dict[str, Any]]:
+    """Where in the shards the tokens of each source of a mixture are: their entries of `TokenShards.sources`.
+
+    Raises:
+        ValueError: if the shards do not tell it.
+    """
+    if not shards.sources:
+        raise ValueError(f"{shards.folder}: does not tell its sources' tokens; run the stage 'prepare' again")
+    parts = [part for part in shards.sources if part["source"] in shares]
+    assert len(parts) == len(shares), "shares name a source that the shards have not"
+    return parts
+
+
 class MixtureWindows:
     """Windows of several sources, each source with its share of them.
 
@@ -172,11 +194,8 @@ class MixtureWindows:
     """
 
     def __init__(self, shards: TokenShards, context_length: int, shares: dict[str, float]):
-        if not shards.sources:
-            raise ValueError(f"{shards.folder}: does not tell its sources' tokens; run the stage 'prepare' again")
         self._shards, self.context_length = shards, context_length
-        self._parts = [part for part in shards.sources if part["source"] in shares]
-        assert len(self._parts) == len(shares), "shares name a source that the shards have not"
+        self._parts = source_parts(shards, shares)
         for part in self._parts:
             if part["tokens"] < context_length:
                 raise ValueError(
@@ -206,8 +225,7 @@ class MixtureWindows:
         starts = np.empty(len(samples), np.int64)
         for source in np.unique(sources).tolist():
             chosen, part = sources == source, self._parts[source]
-            # The same text in another place of the mixture has another order.
-            own_seed = int(np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0])
+            own_seed = source_seed(seed, source)
             starts[chosen] = part["start"] + _window_starts(
                 part["tokens"], self._counts[source], self.context_length, own_seed, numbers[chosen]
             )
@@ -233,13 +251,22 @@ class MixtureWindows:
         ]
 
 
+def mixture_shares(shards: TokenShards, weights: MixtureWeights) -> dict[str, float] | None:
+    """Each source's share by the given `weights`, else by those in the manifest; `None` if neither says any.
+
+    Raises:
+        ValueError: for weights that do not fit the sources.
+    """
+    return parse_mixture(weights or shards.manifest.get("mixture"), shards.manifest.get("sources", []))
+
+
 def make_mixture(shards: TokenShards, context_length: int, weights: MixtureWeights) -> MixtureWindows | None:
     """The mixture of the given `weights`, else of those in the manifest; `None` if neither says any.
 
     Raises:
         ValueError: for weights that do not fit the sources, or a source shorter than one window.
     """
-    shares = parse_mixture(weights or shards.manifest.get("mixture"), shards.manifest.get("sources", []))
+    shares = mixture_shares(shards, weights)
     return None if shares is None else MixtureWindows(shards, context_length, shares)
 
 

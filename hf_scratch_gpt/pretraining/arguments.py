@@ -46,6 +46,11 @@ class PretrainArguments(StageArguments):
             "every token is seen equally often."
         },
     )
+    packing: Literal["contiguous", "best_fit"] = _field(
+        "contiguous",
+        "contiguous: windows run across documents, and cut them where they end; best_fit: documents that fit a window "
+        "are packed whole, longer ones are cut as little as they must, and what room is left is padding.",
+    )
     separate_documents: bool = _field(
         True, "Keep documents that share a window apart in attention and positions, as they are read later."
     )
@@ -130,10 +135,24 @@ class PretrainArguments(StageArguments):
 
     def _check_choices(self) -> None:
         hints = get_type_hints(type(self))
-        names = ("objective", "optimizer", "schedule", "precision", "compile", "on_checkpoint_failure", "distributed")
+        names = (
+            "objective",
+            "packing",
+            "optimizer",
+            "schedule",
+            "precision",
+            "compile",
+            "on_checkpoint_failure",
+            "distributed",
+        )
         for name, known in [*((name, get_args(hints[name])) for name in names), ("report_to", get_args(Trackers))]:
             if getattr(self, name) not in known:
                 raise ValueError(f"'{name}' is '{getattr(self, name)}', expected one of {', '.join(known)}")
+        if self.packing == "best_fit" and self.objective == "masked" and not self.separate_documents:
+            raise ValueError(
+                "'packing' is best_fit, whose padding a masked model without 'separate_documents' would read as text; "
+                "turn 'separate_documents' on, or set 'packing' to contiguous"
+            )
 
     def _check_ranges(self) -> None:
         minima: dict[str, float] = {

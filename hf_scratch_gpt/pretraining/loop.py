@@ -50,6 +50,7 @@ class PretrainingLoop:
         clock: Seconds of the stage so far.
         telemetry (`Telemetry`, *optional*): Tells the rates in the curve.
         interim (`Interim`, *optional*): Evaluates at set intervals.
+        count_padding (*optional*): Tokens of a step's windows, over all processes, that are padding; without, none.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class PretrainingLoop:
         clock: Callable[[], float],
         telemetry: Telemetry | None = None,
         interim: Interim | None = None,
+        count_padding: Callable[[int], int] = lambda step: 0,
     ):
         self.arguments, self.accelerator, self.run = arguments, accelerator, run
         self.module, self.model, self.optimizers = module, model, optimizers
         self.read_batch, self.state, self.budget, self.clock = read_batch, state, budget, clock
-        self.telemetry, self.interim = telemetry, interim
+        self.telemetry, self.interim, self.count_padding = telemetry, interim, count_padding
         self.tokens_per_step = arguments.batch_size * arguments.context_length
         self.guard = SpikeGuard(state, arguments.spike_threshold)
         self.checkpoints = CheckpointWriter(run.checkpoints, arguments.checkpoints_kept)
@@ -78,9 +80,9 @@ class PretrainingLoop:
             accelerator, run, model, optimizers, state, self.guard, arguments.spike_rollbacks, self.checkpoints.wait
         )
         self._skip_reason = ""
-        # Every window is full, so the number of next tokens over all processes is known beforehand.
+        # Without labels every window is full, so the number of next tokens over all processes is known beforehand.
         self.targets_per_step = arguments.batch_size * (arguments.context_length - 1)
-        self._steps_here, self._seconds_here, self._data_seconds_here = 0, 0.0, 0.0
+        self._steps_here, self._seconds_here, self._data_seconds_here, self._padding_here = 0, 0.0, 0.0, 0
         self._step_seconds = 0.0  # of a step so far, on the slowest process
         self._evaluation_seconds = (state.untrained or {}).get("seconds", 0.0)  # of the last one
         self._mark = Counters()
@@ -174,7 +176,8 @@ class PretrainingLoop:
         self._set_rates()
         # Dropout, if any, is a function of (seed, step, rank) too: resuming needs no generator's state.
         torch.manual_seed(hash((arguments.seed, state.step, accelerator.process_index)) % 2**63)
-        batch = self.read_batch(data_step(state.step, state.skipped_data))
+        number = data_step(state.step, state.skipped_data)
+        batch, padding = self.read_batch(number), self.count_padding(number)
         data_seconds = time.monotonic() - begin
         state.data_seconds += data_seconds
         self._data_seconds_here += data_seconds
@@ -186,7 +189,8 @@ class PretrainingLoop:
             self.optimizers.step()
         self.optimizers.zero_grad()
         state.step += 1
-        state.tokens += self.tokens_per_step
+        state.tokens += self.tokens_per_step - padding
+        self._padding_here += padding
         seconds = time.monotonic() - begin
         state.train_seconds += seconds
         self._steps_here, self._seconds_here = self._steps_here + 1, self._seconds_here + seconds
@@ -248,7 +252,8 @@ class PretrainingLoop:
             state.step, state.elapsed, self._step_seconds
         ):
             return
-        mark, now = self._mark, Counters(self._steps_here, self._seconds_here, self._data_seconds_here)
+        now = Counters(self._steps_here, self._seconds_here, self._data_seconds_here, self._padding_here)
+        mark = self._mark
         self._mark = now
         if not state.pending_losses:
             return

@@ -119,6 +119,7 @@ class _Pretraining:
             self._clock,
             self.telemetry,
             self._make_interim(),
+            self._count_padding,
         )
         with StopRequest() as stop:
             loop.train(stop)
@@ -135,6 +136,7 @@ class _Pretraining:
         from accelerate.utils import broadcast_object_list
 
         from hf_scratch_gpt.data.loader import TokenShards, make_mixture
+        from hf_scratch_gpt.data.packed_windows import pack_windows
         from hf_scratch_gpt.pretraining.averaging import with_average
         from hf_scratch_gpt.pretraining.checkpointing import TrainingState, load_checkpoint
         from hf_scratch_gpt.pretraining.interim import truncate_samples
@@ -142,7 +144,12 @@ class _Pretraining:
 
         arguments = self.arguments
         self.shards = TokenShards(self.dataset.folder, "train")
-        self.mixture = make_mixture(self.shards, arguments.context_length, arguments.mixture)
+        self.mixture = self.packed = None
+        if arguments.packing == "best_fit":
+            sizes = (arguments.context_length, arguments.mixture, self.dataset.tokenizer.pad_token_id)
+            self.packed = pack_windows(self.shards, *sizes)
+        else:
+            self.mixture = make_mixture(self.shards, arguments.context_length, arguments.mixture)
         optimizers = make_optimizers(
             self.model,
             arguments.optimizer,
@@ -174,14 +181,20 @@ class _Pretraining:
         arguments, accelerator = self.arguments, self.accelerator
         rows, rank = arguments.batch_size // accelerator.num_processes, accelerator.process_index
         place = (step, rank, accelerator.num_processes)
-        if self.mixture is None:
+        chosen = self.packed or self.mixture
+        if chosen is None:
             windows = batch_windows(self.shards, arguments.context_length, rows, arguments.seed, *place)
         else:
-            windows = self.mixture.batch(rows, arguments.seed, *place)
+            windows = chosen.batch(rows, arguments.seed, *place)
         if not arguments.separate_documents:
             del windows["position_ids"]
         batch = self.objective.make_batch(windows, arguments.seed, sample_numbers(rows, *place))
         return {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+    def _count_padding(self, step: int) -> int:
+        """Padding in the windows that all processes read in a step, in tokens."""
+        arguments = self.arguments
+        return self.packed.count_padding(arguments.batch_size, arguments.seed, step) if self.packed else 0
 
     def _compile(self) -> bool:
         """Compile if it is wanted and can be had, and say in one line how this run trains."""
@@ -260,7 +273,6 @@ class _Pretraining:
             return [answer.text for answer in generate_from_ids(self.model, tokenizer, self.sample_prompts, tokens)]
 
     def _metrics(self, trained: dict[str, Any]) -> dict[str, Any]:
-        from hf_scratch_gpt.data.loader import data_usage
         from hf_scratch_gpt.pretraining.spike_guard import data_step
 
         state, untrained = self.state, self.state.untrained or {}
@@ -294,5 +306,17 @@ class _Pretraining:
             "optimizer": self.arguments.optimizer,
             "processes": self.accelerator.num_processes,
             # What the spike guard passed over was drawn too: the position in the data, not the steps, counts.
-            **data_usage(self.shards, self.mixture, drawn, self.arguments.context_length),
+            **self._data_metrics(drawn),
         }
+
+    def _data_metrics(self, drawn: int) -> dict[str, Any]:
+        """How windows were filled, and what the `drawn` ones took of the text."""
+        from hf_scratch_gpt.data.loader import data_usage
+
+        arguments, state = self.arguments, self.state
+        room = state.step * arguments.batch_size * arguments.context_length
+        if self.packed:
+            usage = self.packed.usage(drawn, arguments.seed)
+        else:
+            usage = data_usage(self.shards, self.mixture, drawn, arguments.context_length)
+        return {"packing": arguments.packing, "padding_share": 1 - state.tokens / room if room else 0.0, **usage}

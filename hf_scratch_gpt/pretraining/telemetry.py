@@ -15,11 +15,13 @@ class Counters:
         steps (`int`): Optimizer steps, those that were undone included.
         seconds (`float`): Spent in them.
         data_seconds (`float`): Of these, waiting for batches.
+        padding (`int`): Tokens of the windows, over all processes, that were padding.
     """
 
     steps: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
+    padding: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Telemetry:
     """Turns counters into rates.
 
     Args:
-        tokens_per_step (`int`): Over all processes.
+        tokens_per_step (`int`): Over all processes, padding included.
         flops_per_token (`int`): Of training, as `training_flops` counts them.
         peak_flops (`float`): FLOPs a second that each process's device reaches in a large product of matrices, in the
             precision of the run; measured.
@@ -44,11 +46,12 @@ class Telemetry:
     def rates(self, before: Counters, now: Counters) -> dict[str, float]:
         """Between two moments: tokens and FLOPs a second over all processes, MFU and data-wait share (0 to 1).
 
+        Padding counts in none of them: time that goes into it is lost.
         `memory_bytes` is the peak so far: of the GPU's allocator, or on a CPU of the process's resident memory. MFU is
         model FLOPs utilisation (PaLM, https://arxiv.org/abs/2204.02311, appendix B), of the measured peak.
         """
         steps, seconds = now.steps - before.steps, max(now.seconds - before.seconds, 1e-9)
-        tokens_per_second = steps * self.tokens_per_step / seconds
+        tokens_per_second = (steps * self.tokens_per_step - (now.padding - before.padding)) / seconds
         return {
             "tokens_per_second": tokens_per_second,
             **self.utilisation(tokens_per_second),

@@ -46,18 +46,22 @@ def free_port() -> int:
 def watch_windows(path: Path, stop_at: int | None) -> None:
     """Write down the windows of each step, and stop this process by SIGTERM in the step before `stop_at`."""
     from hf_scratch_gpt.data import loader
+    from hf_scratch_gpt.data.packed_windows import PackedWindows
 
-    read = loader.batch_windows
-
-    def watched(shards, context_length, batch_size, seed, step, *place):
-        windows = read(shards, context_length, batch_size, seed, step, *place)
+    def note(step, windows):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "windows": windows["input_ids"].tolist()}) + "\n")
         if stop_at is not None and step == stop_at - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return windows
 
-    loader.batch_windows = watched
+    read, read_packed = loader.batch_windows, PackedWindows.batch
+    loader.batch_windows = lambda shards, context_length, batch_size, seed, step, *place: note(
+        step, read(shards, context_length, batch_size, seed, step, *place)
+    )
+    PackedWindows.batch = lambda self, batch_size, seed, step, *place: note(
+        step, read_packed(self, batch_size, seed, step, *place)
+    )
 
 
 def work(job: dict, rank: int, port: int) -> int:

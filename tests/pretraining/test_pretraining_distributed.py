@@ -23,6 +23,10 @@ JOBS = {
     "alone, 6": (1, "none", {"batch_size": 6}),
     "muon alone": (1, "none", {"optimizer": "muon"}),
     "muon fsdp": (2, "fsdp", {"optimizer": "muon"}),
+    # Each process has other padding: the mean is over the targets of all.
+    "packed alone": (1, "none", {"packing": "best_fit"}),
+    "packed ddp": (2, "ddp", {"packing": "best_fit"}),
+    "packed fsdp": (2, "fsdp", {"packing": "best_fit"}),
     "masked alone": (1, "none", {"objective": "masked"}),
     "masked fsdp": (2, "fsdp", {"objective": "masked", "gradient_accumulation_steps": 2}),
 }
@@ -93,7 +97,14 @@ def assert_same_run(folder, reference, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("ddp", "alone"), ("fsdp", "alone"), ("fsdp on 3", "alone, 6"), ("masked fsdp", "masked alone")],
+    [
+        ("ddp", "alone"),
+        ("fsdp", "alone"),
+        ("fsdp on 3", "alone, 6"),
+        ("packed ddp", "packed alone"),
+        ("packed fsdp", "packed alone"),
+        ("masked fsdp", "masked alone"),
+    ],
 )
 def test_losses_do_not_depend_on_how_a_run_is_spread(runs, name, reference):
     assert_same_run(runs(name), runs(reference))

@@ -26,6 +26,9 @@ def test_rates_by_hand():
     assert rates["mfu"] == pytest.approx(0.15)
     assert rates["data_share"] == pytest.approx(0.05)
     assert rates["memory_bytes"] == peak_rss_bytes()
+    padded = telemetry.rates(Counters(10, 5.0, 1.0, 700), Counters(30, 45.0, 3.0, 4_700))
+    assert padded["tokens_per_second"] == (20_000 - 4_000) / 40  # padding is nothing that was trained on
+    assert padded["mfu"] == pytest.approx(0.12)
 
 
 def test_the_measured_peak_is_that_of_a_product_and_draws_nothing():
