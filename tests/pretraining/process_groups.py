@@ -4,10 +4,13 @@
 
 A job is `{"processes": 2, "kind": "ddp", "arguments": {...}, "stop_at": 4, "copy_from": FOLDER}`. The environment of
 each process is what `accelerate launch` sets (a test compares them); a launcher costs more than a run of a few steps.
-`stop_at` ends a run by SIGTERM after so many steps; `copy_from` begins with a copy of another job's output folder.
-Each process writes the windows that it was given to `<output_dir>.windows.<rank>.jsonl`.
+`stop_at` ends a run by SIGTERM after so many steps; `copy_from` begins with a copy of another job's output folder;
+`poison`, two numbers, makes random tokens of the batches from the first to before the second.
+Each process writes the windows that it was given to `<output_dir>.windows.<rank>.jsonl`, and a hash of the weights that
+it ends with to `<output_dir>.weights.<rank>`.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -60,6 +63,42 @@ def watch_windows(path: Path, stop_at: int | None) -> None:
     loader.batch_windows = watched
 
 
+def poison_batches(first: int, end: int, batch_size: int) -> None:
+    """Make random tokens of this process's share of the batches `first` to `end` - 1, the same however it is spread."""
+    import torch
+
+    from hf_scratch_gpt.pretraining.pretrain import _Pretraining
+
+    read = _Pretraining._read_batch
+
+    def spoilt(self, number):
+        batch = read(self, number)
+        rows, length = batch["input_ids"].shape
+        if first <= number < end:
+            tokens = torch.randint(300, (batch_size, length), generator=torch.Generator().manual_seed(number))
+            batch["input_ids"] = tokens.split(rows)[self.accelerator.process_index]
+        return batch
+
+    _Pretraining._read_batch = spoilt
+
+
+def note_weights(path: Path) -> None:
+    """Write a hash of the whole weights that this process ends with."""
+    from hf_scratch_gpt.pretraining import sharding
+
+    save = sharding.save_model
+
+    def noted(model, *arguments):
+        weights = sharding.whole_weights(model, keep=True) or model.state_dict()
+        digest = hashlib.sha256()
+        for tensor in weights.values():
+            digest.update(tensor.numpy().tobytes())
+        path.write_text(digest.hexdigest(), encoding="utf-8")
+        save(model, *arguments)
+
+    sharding.save_model = noted
+
+
 def work(job: dict, rank: int, port: int) -> int:
     """One process of a job; returns its exit status."""
     from hf_scratch_gpt.pretraining.pretrain import Arguments, run
@@ -67,6 +106,9 @@ def work(job: dict, rank: int, port: int) -> int:
 
     os.environ.update(environment_of(job["kind"], job["processes"], rank, port))
     watch_windows(Path(f"{job['arguments']['output_dir']}.windows.{rank}.jsonl"), job.get("stop_at"))
+    note_weights(Path(f"{job['arguments']['output_dir']}.weights.{rank}"))
+    if "poison" in job:
+        poison_batches(*job["poison"], job["arguments"]["batch_size"])
     try:
         run(Arguments(**job["arguments"]))
     except Interrupted:
