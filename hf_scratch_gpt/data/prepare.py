@@ -234,6 +234,7 @@ def run(arguments: PrepareArguments) -> Path:
             "mixture": parse_mixture(arguments.mixture, arguments.sources),
             "removed": removed,
             "filters": metrics["filters"],
+            "cleaning": dataclasses.asdict(arguments.cleaning_settings()),  # for a stream, which is cleaned like this
         }
         write_json(run.folder / MANIFEST, manifest)
         run.finish({**metrics, "sources": arguments.sources, "removed": removed})

@@ -40,7 +40,8 @@ def run(arguments: PretrainArguments) -> Path:
     from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
 
     accelerator = make_accelerator(arguments)
-    dataset = load_dataset(arguments.dataset_dir, arguments.context_length)
+    # Of a stream's prepared folder the shards are not read: they may be as short as they like.
+    dataset = load_dataset(arguments.dataset_dir, 0 if arguments.stream else arguments.context_length)
     with StageRun(arguments, "pretrain") as run:
         if not run.finished:
             if arguments.report_to != "none":
@@ -138,11 +139,14 @@ class _Pretraining:
         from hf_scratch_gpt.pretraining.averaging import with_average
         from hf_scratch_gpt.pretraining.checkpointing import TrainingState, load_checkpoint
         from hf_scratch_gpt.pretraining.interim import truncate_samples
+        from hf_scratch_gpt.pretraining.live_stream import make_stream
         from hf_scratch_gpt.pretraining.optimizers import make_optimizers
 
         arguments = self.arguments
-        self.shards = TokenShards(self.dataset.folder, "train")
-        self.mixture = make_mixture(self.shards, arguments.context_length, arguments.mixture)
+        self.stream = make_stream(arguments, self.dataset)
+        if self.stream is None:
+            self.shards = TokenShards(self.dataset.folder, "train")
+            self.mixture = make_mixture(self.shards, arguments.context_length, arguments.mixture)
         optimizers = make_optimizers(
             self.model,
             arguments.optimizer,
@@ -170,11 +174,14 @@ class _Pretraining:
 
     def _read_batch(self, step: int) -> dict[str, Any]:
         from hf_scratch_gpt.data.loader import batch_windows, sample_numbers
+        from hf_scratch_gpt.pretraining.live_stream import read_stream
 
         arguments, accelerator = self.arguments, self.accelerator
         rows, rank = arguments.batch_size // accelerator.num_processes, accelerator.process_index
         place = (step, rank, accelerator.num_processes)
-        if self.mixture is None:
+        if self.stream is not None:
+            windows = read_stream(self.stream, self.state, *place)
+        elif self.mixture is None:
             windows = batch_windows(self.shards, arguments.context_length, rows, arguments.seed, *place)
         else:
             windows = self.mixture.batch(rows, arguments.seed, *place)
@@ -261,12 +268,17 @@ class _Pretraining:
 
     def _metrics(self, trained: dict[str, Any]) -> dict[str, Any]:
         from hf_scratch_gpt.data.loader import data_usage
+        from hf_scratch_gpt.pretraining.live_stream import stream_usage
         from hf_scratch_gpt.pretraining.spike_guard import data_step
 
         state, untrained = self.state, self.state.untrained or {}
         tokens_per_second = state.tokens / max(state.train_seconds, 1e-9)
         recent = state.recent_losses
         drawn = data_step(state.step, state.skipped_data) * self.arguments.batch_size
+        if self.stream is not None:
+            usage = stream_usage(state, self.arguments.batch_size * self.arguments.context_length)
+        else:
+            usage = data_usage(self.shards, self.mixture, drawn, self.arguments.context_length)
         return {
             "parameters": self.parameters,
             "steps": state.step,
@@ -294,5 +306,5 @@ class _Pretraining:
             "optimizer": self.arguments.optimizer,
             "processes": self.accelerator.num_processes,
             # What the spike guard passed over was drawn too: the position in the data, not the steps, counts.
-            **data_usage(self.shards, self.mixture, drawn, self.arguments.context_length),
+            **usage,
         }

@@ -43,6 +43,7 @@ def _prepare(folder: Path, mask_token: bool) -> Path:
         "separator_id": separator_id(tokenizer),
         "dtype": dtype.name,
         "splits": splits,
+        "cleaning": {"filters": ["empty", "exact_duplicates"]},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

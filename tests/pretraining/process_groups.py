@@ -6,8 +6,8 @@ A job is `{"processes": 2, "kind": "ddp", "arguments": {...}, "stop_at": 4, "cop
 each process is what `accelerate launch` sets (a test compares them); a launcher costs more than a run of a few steps.
 `stop_at` ends a run by SIGTERM after so many steps; `copy_from` begins with a copy of another job's output folder;
 `poison`, two numbers, makes random tokens of the batches from the first to before the second.
-Each process writes the windows that it was given to `<output_dir>.windows.<rank>.jsonl`, and a hash of the weights that
-it ends with to `<output_dir>.weights.<rank>`.
+Each process writes the windows that it was given to `<output_dir>.windows.<rank>.jsonl`, and a hash of the weights
+that it ends with to `<output_dir>.weights.<rank>`.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def watch_windows(path: Path, stop_at: int | None) -> None:
 
 
 def poison_batches(first: int, end: int, batch_size: int) -> None:
-    """Make random tokens of this process's share of the batches `first` to `end` - 1, the same however it is spread."""
+    """Make random tokens of this process's share of the batches `first` to `end` - 1."""
     import torch
 
     from hf_scratch_gpt.pretraining.pretrain import _Pretraining
