@@ -5,7 +5,8 @@
 A job is `{"processes": 2, "kind": "ddp", "arguments": {...}, "stop_at": 4, "copy_from": FOLDER}`. The environment of
 each process is what `accelerate launch` sets (a test compares them); a launcher costs more than a run of a few steps.
 `stop_at` ends a run by SIGTERM after so many steps; `copy_from` begins with a copy of another job's output folder;
-`poison`, two numbers, makes random tokens of the batches from the first to before the second.
+`kill_at` ends it by SIGKILL in that step; `poison`, two numbers, makes random tokens of the batches from the first to
+before the second.
 Each process writes the windows that it was given to `<output_dir>.windows.<rank>.jsonl`, and a hash of the weights
 that it ends with to `<output_dir>.weights.<rank>`.
 """
@@ -46,21 +47,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def watch_windows(path: Path, stop_at: int | None) -> None:
-    """Write down the windows of each step, and stop this process by SIGTERM in the step before `stop_at`."""
-    from hf_scratch_gpt.data import loader
+def watch_windows(path: Path, stop_at: int | None, kill_at: int | None) -> None:
+    """Write down the windows of each step, and stop this process in the step before `stop_at` or in `kill_at`."""
+    from hf_scratch_gpt.data import loader, streaming
 
-    read = loader.batch_windows
+    read, read_stream = loader.batch_windows, streaming.StreamWindows.batch
 
-    def watched(shards, context_length, batch_size, seed, step, *place):
-        windows = read(shards, context_length, batch_size, seed, step, *place)
+    def watch(step, windows):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "windows": windows["input_ids"].tolist()}) + "\n")
         if stop_at is not None and step == stop_at - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return windows
 
-    loader.batch_windows = watched
+    def watched(shards, context_length, batch_size, seed, step, *place):
+        return watch(step, read(shards, context_length, batch_size, seed, step, *place))
+
+    def stream_watched(stream, step, *place):
+        return watch(step, read_stream(stream, step, *place))
+
+    loader.batch_windows, streaming.StreamWindows.batch = watched, stream_watched
 
 
 def poison_batches(first: int, end: int, batch_size: int) -> None:
@@ -105,7 +113,9 @@ def work(job: dict, rank: int, port: int) -> int:
     from hf_scratch_gpt.runs import Interrupted
 
     os.environ.update(environment_of(job["kind"], job["processes"], rank, port))
-    watch_windows(Path(f"{job['arguments']['output_dir']}.windows.{rank}.jsonl"), job.get("stop_at"))
+    watch_windows(
+        Path(f"{job['arguments']['output_dir']}.windows.{rank}.jsonl"), job.get("stop_at"), job.get("kill_at")
+    )
     note_weights(Path(f"{job['arguments']['output_dir']}.weights.{rank}"))
     if "poison" in job:
         poison_batches(*job["poison"], job["arguments"]["batch_size"])
@@ -133,7 +143,10 @@ def run_job(job: dict) -> None:
         children.append(child)
     expected = INTERRUPTED if "stop_at" in job else 0
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if set(statuses) != {expected}:
+    if "kill_at" in job:  # who is not killed loses the others
+        if -signal.SIGKILL not in statuses or not all(statuses):
+            raise SystemExit(f"{job['kind']} on {job['processes']}: {statuses}, expected a kill")
+    elif set(statuses) != {expected}:
         raise SystemExit(f"{job['kind']} on {job['processes']}: {statuses}, expected {expected}")
 
 

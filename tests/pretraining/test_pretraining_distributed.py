@@ -32,6 +32,7 @@ JOBS = {
 # Batches of random tokens, with a checkpoint of step 80 to go back to.
 POISONED = {"poisoned alone": (1, "none"), "poisoned ddp": (2, "ddp"), "poisoned fsdp": (2, "fsdp")}
 POISON, LONG = (90, 100), {"max_steps": 120, "checkpoint_steps": 20, "evaluation_bytes": 0, "batch_size": 4}
+STREAMED = {"stream alone": (1, "none"), "stream fsdp": (2, "fsdp")}
 CONTINUED = {
     "ddp 2 to 1": ("stopped ddp", 1, "none"),
     "ddp 2 to 4": ("stopped ddp", 4, "ddp"),
@@ -59,6 +60,12 @@ def runs(tmp_path_factory, masked_folder):
     jobs += [job(f"stopped {kind}", 2, kind, {}, stop_at=STOP) for kind in ("ddp", "fsdp")]
     jobs += [job(name, *how, LONG, poison=POISON) for name, how in POISONED.items()]
     jobs.append(job("clean", 1, "none", LONG))
+    stream = {"stream": [str(root / "stream.jsonl")], "checkpoint_steps": 2}
+    texts = [f"number {number} of the list of names and values in the file, {7 * number}" for number in range(200)]
+    Path(stream["stream"][0]).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    jobs += [job(name, *how, stream) for name, how in STREAMED.items()]
+    jobs.append(job("killed stream", 2, "ddp", stream, kill_at=STEPS - 1))
+    jobs.append(job("stream 2 to 1", 1, "none", stream, copy_from=str(root / "killed-stream")))
     for name, (source, processes, kind) in CONTINUED.items():
         jobs.append(job(name, processes, kind, {}, copy_from=str(root / source.replace(" ", "-"))))
     path = root / "jobs.json"
@@ -176,3 +183,14 @@ def test_all_processes_go_back_from_a_spike_and_pass_over_the_same_data(runs, na
     measured = metrics["heldout_bits_per_byte"]
     assert measured == pytest.approx(expected["heldout_bits_per_byte"], rel=2e-3)
     assert measured < 1.02 * read_metrics(runs("clean"))["heldout_bits_per_byte"]
+
+
+@pytest.mark.parametrize("name", ["stream fsdp", "stream 2 to 1"])
+def test_processes_share_a_stream_and_one_goes_on_where_two_were_killed(runs, name):
+    assert_same_run(runs(name), runs("stream alone"))
+    windows, expected = read_windows(runs(name)), read_windows(runs("stream alone"))
+    assert sorted(expected) == list(range(STEPS))
+    assert windows == {step: expected[step] for step in windows}
+    # Of the checkpoints after 2 and 4 steps, the second may not have been whole when the run was killed.
+    assert min(windows) == 0 if name == "stream fsdp" else min(windows) in (2, 4)
+    assert expected != read_windows(runs("alone"))
