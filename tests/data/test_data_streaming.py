@@ -9,7 +9,7 @@ import torch
 
 from hf_scratch_gpt.data import prepare, streaming
 from hf_scratch_gpt.data.loader import _read_windows
-from hf_scratch_gpt.data.shards import TokenShards, read_manifest
+from hf_scratch_gpt.data.shards import TokenShards
 from hf_scratch_gpt.data.streaming import StreamWindows, stream_cleaning
 from hf_scratch_gpt.model import ScratchGPTTokenizer
 
@@ -68,7 +68,7 @@ def heldout(prepared):
 def make_stream(prepared, source, tokenizer, heldout):
     def make(sources=None, **changes):
         settings = {"context_length": LENGTH, "batch_size": BATCH, "text_column": "body", **changes}
-        cleaning = stream_cleaning(read_manifest(prepared), prepared)
+        cleaning = stream_cleaning(TokenShards(prepared).manifest, prepared)
         return StreamWindows(sources or [str(source)], tokenizer, cleaning, heldout, **settings)
 
     return make
