@@ -262,6 +262,7 @@ def run(arguments: PrepareArguments) -> Path:
             "shares": metrics["shares"],
             "removed": removed,
             "filters": metrics["filters"],
+            "cleaning": dataclasses.asdict(arguments.cleaning_settings()),  # for a stream, which is cleaned like this
         }
         write_manifest(run.folder, manifest, _files_to_list(run.folder, saved))
         run.finish({**metrics, "sources": arguments.sources, "removed": removed})

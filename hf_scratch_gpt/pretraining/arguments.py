@@ -24,6 +24,7 @@ class PretrainArguments(StageArguments):
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("dataset_dir",)
+    named_input_fields: ClassVar[tuple[str, ...]] = ("stream",)
 
     dataset_dir: str = _field("", "Folder of `scratch-gpt prepare`: token shards, tokenizer, held-out text.")
     objective: Literal["causal", "masked"] = _field(
@@ -51,6 +52,19 @@ class PretrainArguments(StageArguments):
         "contiguous: windows run across documents, and cut them where they end; best_fit: documents that fit a window "
         "are packed whole, longer ones are cut as little as they must, and what room is left is padding.",
     )
+    stream: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Train on the text of these sources (files, folders, data set ids, as for `prepare`) instead of "
+            "the shards, encoded on the fly; dataset_dir still gives the tokenizer, the held-out text, which is left "
+            "out, and the filters, but for those that find duplicates. Limits: read once, in the order it has "
+            "(not shuffled, no mixture); a run that outlasts it stops with an error; each process reads all of it; "
+            "to resume, and to go back from a spike, is to read it again from its start, and refused if what was "
+            "trained on has changed. It is known by its name: a finished run does not notice other text behind it."
+        },
+    )
+    stream_text_column: str = _field("text", "Column of a stream's tables that holds the text.")
+    stream_split: str = _field("train", "Split of a stream's data set ids.")
     separate_documents: bool = _field(
         True, "Keep documents that share a window apart in attention and positions, as they are read later."
     )
@@ -129,6 +143,12 @@ class PretrainArguments(StageArguments):
         """Raise `ValueError` for the first setting that is out of range."""
         if not self.dataset_dir:
             raise ValueError("'dataset_dir' is missing: name the folder that `scratch-gpt prepare` wrote")
+        if self.stream and self.mixture:
+            raise ValueError("'mixture' weighs the sources of shards, but 'stream' is read in its own order; give one")
+        if self.stream and self.packing != "contiguous":
+            raise ValueError(
+                "'packing' is best_fit, which needs all lengths beforehand; a 'stream' is read as it comes"
+            )
         self._check_budget()
         self._check_choices()
         self._check_ranges()

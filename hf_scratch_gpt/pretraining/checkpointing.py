@@ -53,6 +53,8 @@ class TrainingState:
         rollbacks (`list[dict]`): What the spike guard did, each time it went back to a checkpoint.
         evaluated_step (`int`): Step of the last evaluation during training.
         evaluation_seconds (`float`): Time spent on evaluations during training.
+        stream (`dict`, *optional*): Of a run that reads a stream, how far: `batches`, the `digest` of their tokens,
+            and what was `removed` on the way.
     """
 
     step: int = 0
@@ -76,6 +78,7 @@ class TrainingState:
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluated_step: int = 0
     evaluation_seconds: float = 0.0
+    stream: dict[str, Any] | None = None
 
 
 def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

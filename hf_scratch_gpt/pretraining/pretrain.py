@@ -40,7 +40,8 @@ def run(arguments: PretrainArguments) -> Path:
     from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
 
     accelerator = make_accelerator(arguments)
-    dataset = load_dataset(arguments.dataset_dir, arguments.context_length)
+    # Of a stream's prepared folder the shards are not read: they may be as short as they like.
+    dataset = load_dataset(arguments.dataset_dir, 0 if arguments.stream else arguments.context_length)
     with StageRun(arguments, "pretrain") as run:
         if not run.finished:
             if arguments.report_to != "none":
@@ -140,16 +141,19 @@ class _Pretraining:
         from hf_scratch_gpt.pretraining.averaging import with_average
         from hf_scratch_gpt.pretraining.checkpointing import TrainingState, load_checkpoint
         from hf_scratch_gpt.pretraining.interim import truncate_samples
+        from hf_scratch_gpt.pretraining.live_stream import make_stream
         from hf_scratch_gpt.pretraining.optimizers import make_optimizers
 
         arguments = self.arguments
-        self.shards = TokenShards(self.dataset.folder, "train")
-        self.mixture = self.packed = None
-        if arguments.packing == "best_fit":
-            sizes = (arguments.context_length, arguments.mixture, self.dataset.tokenizer.pad_token_id)
-            self.packed = pack_windows(self.shards, *sizes)
-        else:
-            self.mixture = make_mixture(self.shards, arguments.context_length, arguments.mixture)
+        self.stream = make_stream(arguments, self.dataset)
+        self.shards = self.mixture = self.packed = None
+        if self.stream is None:
+            self.shards = TokenShards(self.dataset.folder, "train")
+            sizes = (arguments.context_length, arguments.mixture)
+            if arguments.packing == "best_fit":
+                self.packed = pack_windows(self.shards, *sizes, self.dataset.tokenizer.pad_token_id)
+            else:
+                self.mixture = make_mixture(self.shards, *sizes)
         optimizers = make_optimizers(
             self.model,
             arguments.optimizer,
@@ -177,12 +181,15 @@ class _Pretraining:
 
     def _read_batch(self, step: int) -> dict[str, Any]:
         from hf_scratch_gpt.data.loader import batch_windows, sample_numbers
+        from hf_scratch_gpt.pretraining.live_stream import read_stream
 
         arguments, accelerator = self.arguments, self.accelerator
         rows, rank = arguments.batch_size // accelerator.num_processes, accelerator.process_index
         place = (step, rank, accelerator.num_processes)
         chosen = self.packed or self.mixture
-        if chosen is None:
+        if self.stream is not None:
+            windows = read_stream(self.stream, self.state, *place)
+        elif chosen is None:
             windows = batch_windows(self.shards, arguments.context_length, rows, arguments.seed, *place)
         else:
             windows = chosen.batch(rows, arguments.seed, *place)
@@ -312,10 +319,13 @@ class _Pretraining:
     def _data_metrics(self, drawn: int) -> dict[str, Any]:
         """How windows were filled, and what the `drawn` ones took of the text."""
         from hf_scratch_gpt.data.loader import data_usage
+        from hf_scratch_gpt.pretraining.live_stream import stream_usage
 
         arguments, state = self.arguments, self.state
         room = state.step * arguments.batch_size * arguments.context_length
-        if self.packed:
+        if self.stream is not None:
+            usage = stream_usage(state, arguments.batch_size * arguments.context_length)
+        elif self.packed:
             usage = self.packed.usage(drawn, arguments.seed)
         else:
             usage = data_usage(self.shards, self.mixture, drawn, arguments.context_length)

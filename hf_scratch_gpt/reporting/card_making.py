@@ -21,7 +21,7 @@ _DEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "ppo": (("steps", "steps"), ("episodes", "answers sampled and scored")),
 }
 _ENERGY = ("energy", "kilowatt_hours")
-_DATA_FIELDS = ("sources", "dataset", "eval_dataset")
+_DATA_FIELDS = ("sources", "stream", "dataset", "eval_dataset")
 _MODEL_FIELDS = ("model_name_or_path", "reward_model")
 
 
@@ -172,9 +172,12 @@ def languages(lineage: Lineage, settings: CardSettings) -> list[str]:
 
 
 def reading_figures(lineage: Lineage, ledger: Ledger) -> dict[str, str] | None:
-    """How many tokens pretraining read, and how many times the training text that is; `None` without both stages."""
+    """How many tokens pretraining read, and how many times the training text that is; `None` without both stages.
+
+    `None` too for a run that read a stream, once, and not what the stage `prepare` counted.
+    """
     run = next((run for run in lineage.runs if run.stage == "pretrain"), None)
-    if run is None:
+    if run is None or any(setting == "stream" for setting, _ in run.inputs()):
         return None
     source = next((lineage.source_of(entry) for setting, entry in run.inputs() if setting == "dataset_dir"), None)
     if source is None:

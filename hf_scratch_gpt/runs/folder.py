@@ -79,7 +79,11 @@ def _digest(value: Any) -> str:
 
 
 def describe_inputs(arguments: Any) -> dict[str, Any]:
-    """`describe_input` of every input field of a stage's settings; a list of sources gives a list."""
+    """`describe_input` of every input field of a stage's settings; a list of sources gives a list.
+
+    Those of its `named_input_fields` are known by their names alone, though files of that name may be there: what they
+    hold may grow, and the stage itself checks it.
+    """
     inputs: dict[str, Any] = {}
     for name in getattr(type(arguments), "input_fields", ()):
         value = getattr(arguments, name)
@@ -87,6 +91,9 @@ def describe_inputs(arguments: Any) -> dict[str, Any]:
             inputs[name] = [describe_input(str(item)) for item in value]
         elif value:
             inputs[name] = describe_input(str(value))
+    for name in getattr(type(arguments), "named_input_fields", ()):
+        if getattr(arguments, name):
+            inputs[name] = [{"path": str(item)} for item in getattr(arguments, name)]
     return inputs
 
 

@@ -395,7 +395,7 @@ def test_after_a_kill_the_same_command_gives_the_same_shards(tmp_path, text, tok
     for line in process.stdout:
         if int(line) > 50:
             break
-    workers_of_it = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    workers_of_it = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -406,7 +406,7 @@ def test_after_a_kill_the_same_command_gives_the_same_shards(tmp_path, text, tok
     assert (folder / "train" / "shard-00000.bin").stat().st_mtime_ns == kept
     assert files_in(folder) == files_in(prepared)
     assert len(workers_of_it) >= 2
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in workers_of_it if psutil.pid_exists(pid)], 10)
+    _, alive = psutil.wait_procs(workers_of_it, 100)
     assert not alive, "workers outlive the process that they work for"
 
 

@@ -44,6 +44,7 @@ def _prepare(folder: Path, mask_token: bool) -> Path:
         "separator_id": separator_id(tokenizer),
         "dtype": dtype.name,
         "splits": splits,
+        "cleaning": {"filters": ["empty", "exact_duplicates"]},
     }
     write_manifest(folder, manifest, ["heldout.jsonl", *(Path(name).name for name in saved)])
     return folder
