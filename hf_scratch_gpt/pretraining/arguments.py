@@ -57,10 +57,11 @@ class PretrainArguments(StageArguments):
         metadata={
             "help": "Train on the text of these sources (files, folders, data set ids, as for `prepare`) instead of "
             "the shards, encoded on the fly; dataset_dir still gives the tokenizer, the held-out text, which is left "
-            "out, and the filters, but for those that find duplicates. Limits: read once, in the order it has "
-            "(not shuffled, no mixture); a run that outlasts it stops with an error; each process reads all of it; "
-            "to resume, and to go back from a spike, is to read it again from its start, and refused if what was "
-            "trained on has changed. It is known by its name: a finished run does not notice other text behind it."
+            "out, and the filters, but for those that find duplicates. Limits: read once, in the order it has, in "
+            "contiguous windows (not shuffled, no mixture); a run that outlasts it stops with an error; each process "
+            "reads all of it; to resume, and to go back from a spike, is to read it again from its start, and refused "
+            "if what was trained on has changed. It is known by its name: a finished run does not notice other text "
+            "behind it."
         },
     )
     stream_text_column: str = _field("text", "Column of a stream's tables that holds the text.")
@@ -145,10 +146,6 @@ class PretrainArguments(StageArguments):
             raise ValueError("'dataset_dir' is missing: name the folder that `scratch-gpt prepare` wrote")
         if self.stream and self.mixture:
             raise ValueError("'mixture' weighs the sources of shards, but 'stream' is read in its own order; give one")
-        if self.stream and self.packing != "contiguous":
-            raise ValueError(
-                "'packing' is best_fit, which needs all lengths beforehand; a 'stream' is read as it comes"
-            )
         self._check_budget()
         self._check_choices()
         self._check_ranges()
@@ -168,6 +165,8 @@ class PretrainArguments(StageArguments):
         for name, known in [*((name, get_args(hints[name])) for name in names), ("report_to", get_args(Trackers))]:
             if getattr(self, name) not in known:
                 raise ValueError(f"'{name}' is '{getattr(self, name)}', expected one of {', '.join(known)}")
+        if self.packing == "best_fit" and self.stream:
+            raise ValueError("'packing' is best_fit, but a 'stream' is cut as it comes; set 'packing' to contiguous")
         if self.packing == "best_fit" and self.objective == "masked" and not self.separate_documents:
             raise ValueError(
                 "'packing' is best_fit, whose padding a masked model without 'separate_documents' would read as text; "

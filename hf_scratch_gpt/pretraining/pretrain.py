@@ -146,7 +146,8 @@ class _Pretraining:
 
         arguments = self.arguments
         self.stream = make_stream(arguments, self.dataset)
-        self.shards = self.mixture = self.packed = None
+        self.shards: Any = None
+        self.mixture = self.packed = None
         if self.stream is None:
             self.shards = TokenShards(self.dataset.folder, "train")
             sizes = (arguments.context_length, arguments.mixture)

@@ -12,6 +12,7 @@ from pretraining_tiny import StopAfter
 from safetensors.torch import load_file
 
 import hf_scratch_gpt.pretraining.setup as setup
+from hf_scratch_gpt.data.manifest import read_manifest, write_manifest
 from hf_scratch_gpt.data.packed_windows import pack_windows
 from hf_scratch_gpt.data.shards import ShardWriter, TokenShards
 from hf_scratch_gpt.pretraining import pretrain
@@ -42,9 +43,9 @@ def uneven_folder(masked_folder, tmp_path_factory):
     writer = ShardWriter(folder / "train", np.dtype("<u2"), shards.separator_id, shard_tokens=3000)
     for document, length in zip(documents, lengths, strict=False):
         writer.add(document[:-1][:length], length)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     manifest["splits"]["train"] = writer.close()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest, manifest["files"])
     return folder
 
 

@@ -137,5 +137,7 @@ def test_the_shards_of_the_prepared_folder_are_not_asked_for(make_run, prepared_
 def test_what_does_not_go_with_a_stream_is_refused(make_run, make_arguments, tmp_path):
     with pytest.raises(ValueError, match="'mixture' weighs the sources of shards, but 'stream'"):
         pretrain.run(make_run("run", mixture={"words": 1.0}))
+    with pytest.raises(ValueError, match="'packing' is best_fit, but a 'stream' is cut as it comes"):
+        pretrain.run(make_run("run", packing="best_fit"))
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: '\./nowhere\.txt'"):
         pretrain.run(make_arguments(stream=["./nowhere.txt"], **STEPS))
