@@ -38,7 +38,7 @@ def write_manifest(folder: str | Path, content: dict[str, Any], files: Iterable[
     listed = {
         name: {"size": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in sorted(files)
     }
-    whole = {**content, "format": MANIFEST_FORMAT, "files": listed}
+    whole = {"format": MANIFEST_FORMAT, **content, "files": listed}
     whole.pop("sha256", None)
     return write_json(folder / MANIFEST, {**whole, "sha256": _digest(whole)})
 
