@@ -21,11 +21,18 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "blocked"
+_ROWS = 24
 
 
 def block_size(tokens: int) -> int:
     """Queries in a block: small blocks compute less of the causal half, larger ones make better products."""
     return 128 if tokens <= 512 else 256
+
+
+def _row_groups(rows: int) -> Iterator[slice]:
+    """Heads of sequences that are worked on together: few, so that their weights stay in the caches."""
+    for start in range(0, rows, _ROWS):
+        yield slice(start, start + _ROWS)
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
@@ -34,19 +41,52 @@ def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
         yield start, min(tokens, start + size)
 
 
-def _kept_of(weights: torch.Tensor, rows: int, tokens: int) -> list[torch.Tensor]:
-    """The flat buffer of attention weights as its blocks, each (rows, queries of the block, keys up to its end)."""
-    views, begin = [], 0
+def weights_kept(tokens: int) -> int:
+    """Attention weights that are kept for each head of a sequence of so many tokens."""
+    return sum((end - start) * end for start, end in _blocks(tokens))
+
+
+def _cut(weights: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """Kept weights, (rows, numbers of a row), as their blocks, each (rows, queries of the block, keys up to its end).
+
+    Blocks of all these rows lie one after the other, so that each is contiguous.
+    """
+    rows, views, begin = weights.shape[0], [], 0
     for start, end in _blocks(tokens):
         size = rows * (end - start) * end
-        views.append(weights[begin : begin + size].view(rows, end - start, end))
+        views.append(weights.view(-1)[begin : begin + size].view(rows, end - start, end))
         begin += size
     return views
 
 
-def weights_kept(tokens: int) -> int:
-    """Attention weights that are kept for each head of a sequence of so many tokens."""
-    return sum((end - start) * end for start, end in _blocks(tokens))
+def _attend(q, k, v, hidden, weights, output) -> None:
+    """Attention of some rows, (rows, tokens, head_dim), into `output` and `weights`."""
+    tokens = q.shape[1]
+    ahead = None if hidden is not None else q.new_full((block_size(tokens),) * 2, -math.inf).triu_(1)
+    for (start, end), block in zip(_blocks(tokens), _cut(weights, tokens), strict=True):
+        torch.bmm(q[:, start:end], k[:, :end].mT, out=block)
+        if ahead is None:
+            block.masked_fill_(hidden[:, start:end, :end], -math.inf)
+        else:
+            block[:, :, start:].add_(ahead[: end - start, : end - start])
+        torch.softmax(block, -1, out=block)
+        torch.bmm(block, v[:, :end], out=output[:, start:end])
+
+
+def _attend_backward(g, q, k, v, weights, grad_q, grad_k, grad_v) -> None:
+    """Gradients of `_attend` into the last three, given that of its output."""
+    tokens = q.shape[1]
+    blocks = list(zip(_blocks(tokens), _cut(weights, tokens), strict=True))
+    # The last block sees all keys, so it writes their whole gradients, and the others add to them.
+    for number, ((start, end), block) in enumerate(reversed(blocks)):
+        grad_block = torch.bmm(g[:, start:end], v[:, :end].mT)
+        grad_scores = torch._softmax_backward_data(grad_block, block, -1, block.dtype)
+        torch.bmm(grad_scores, k[:, :end], out=grad_q[:, start:end])
+        for total, left, right in ((grad_k, grad_scores, q), (grad_v, block, g)):
+            if number:
+                total[:, :end].baddbmm_(left.mT, right[:, start:end])
+            else:
+                torch.bmm(left.mT, right[:, start:end], out=total)
 
 
 @torch.library.custom_op("hf_scratch_gpt::blocked_attention", mutates_args=())
@@ -64,29 +104,23 @@ def blocked_attention(
         `tuple`: The output, shaped as the query, and the flat attention weights that the backward pass needs.
     """
     batch, heads, tokens, _ = query.shape
-    rows = batch * heads
-    q, k, v = (tensor.reshape(rows, tokens, -1) for tensor in (query, key, value))
-    output = torch.empty_like(q, memory_format=torch.contiguous_format)
-    weights = q.new_empty(rows * weights_kept(tokens))
-    ahead = None if mask is not None else q.new_full((block_size(tokens),) * 2, -math.inf).triu_(1)
-    for (start, end), block in zip(_blocks(tokens), _kept_of(weights, rows, tokens), strict=True):
-        torch.bmm(q[:, start:end], k[:, :end].mT, out=block)
-        if ahead is None:
-            assert mask is not None
-            hidden = mask[:, :, start:end, :end].logical_not()
-            block.view(batch, heads, end - start, end).masked_fill_(hidden, -math.inf)
-        else:
-            block[:, :, start:].add_(ahead[: end - start, : end - start])
-        torch.softmax(block, -1, out=block)
-        torch.bmm(block, v[:, :end], out=output[:, start:end])
+    inputs = [tensor.reshape(batch * heads, tokens, -1) for tensor in (query, key, value)]
+    output = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    weights = query.new_empty(batch * heads, weights_kept(tokens))
+    hidden = None if mask is None else mask[:, 0].logical_not().expand(batch, tokens, tokens)
+    sequences = torch.arange(batch).repeat_interleave(heads)
+    for rows in _row_groups(batch * heads):
+        q, k, v = (tensor[rows] for tensor in inputs)
+        part = None if hidden is None else hidden[sequences[rows]]
+        _attend(q, k, v, part, weights[rows], output[rows])
     return output.view(query.shape), weights
 
 
 @blocked_attention.register_fake
 def _(query, key, value, mask):
     batch, heads, tokens, _ = query.shape
-    shape = batch * heads * weights_kept(tokens)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(shape)
+    weights = query.new_empty(batch * heads, weights_kept(tokens))
+    return torch.empty_like(query, memory_format=torch.contiguous_format), weights
 
 
 @torch.library.custom_op("hf_scratch_gpt::blocked_attention_backward", mutates_args=())
@@ -95,20 +129,10 @@ def blocked_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, given that of the output and what `blocked_attention` kept."""
     batch, heads, tokens, _ = query.shape
-    rows = batch * heads
-    g, q, k, v = (tensor.reshape(rows, tokens, -1) for tensor in (grad, query, key, value))
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v)]
-    blocks = list(zip(_blocks(tokens), _kept_of(weights, rows, tokens), strict=True))
-    # The last block sees all keys, so it writes their whole gradients, and the others add to them.
-    for number, ((start, end), block) in enumerate(reversed(blocks)):
-        grad_block = torch.bmm(g[:, start:end], v[:, :end].mT)
-        grad_scores = torch._softmax_backward_data(grad_block, block, -1, block.dtype)
-        torch.bmm(grad_scores, k[:, :end], out=grads[0][:, start:end])
-        for total, left, right in ((grads[1], grad_scores, q), (grads[2], block, g)):
-            if number:
-                total[:, :end].baddbmm_(left.mT, right[:, start:end])
-            else:
-                torch.bmm(left.mT, right[:, start:end], out=total)
+    inputs = [tensor.reshape(batch * heads, tokens, -1) for tensor in (grad, query, key, value)]
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[1:]]
+    for rows in _row_groups(batch * heads):
+        _attend_backward(*(tensor[rows] for tensor in (*inputs, weights, *grads)))
     first, second, third = (tensor.view(query.shape) for tensor in grads)
     return first, second, third
 

@@ -64,17 +64,18 @@ def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bo
     logits = logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    log_z = torch.logsumexp(logits, -1)
+    log_probabilities = torch.log_softmax(logits, -1)
     index = torch.where(valid, targets, 0)[:, None]
-    losses = log_z - logits.gather(-1, index)[:, 0] + z_loss * log_z.square()
-    loss = torch.where(valid, losses, 0.0).sum()
+    log_probability = log_probabilities.gather(-1, index)[:, 0]
+    log_z = logits.gather(-1, index)[:, 0] - log_probability
+    loss = torch.where(valid, z_loss * log_z.square() - log_probability, 0.0).sum()
     if not wants_grad:
         return loss, None
-    factor = torch.where(valid, 1 + 2 * z_loss * log_z, 0.0)
-    is_target = torch.arange(logits.shape[-1], device=logits.device) == index
-    grad = torch.exp(logits - log_z[:, None]) * factor[:, None] - (is_target & valid[:, None]).float()
+    # In place: uncompiled, a new tensor of this size costs as much as what is computed in it.
+    grad = log_probabilities.exp_().mul_(torch.where(valid, 1 + 2 * z_loss * log_z, 0.0)[:, None])
+    grad.scatter_add_(-1, index, -valid.float()[:, None])
     if softcap is not None:
-        grad = grad * (1 - (logits / softcap).square())
+        grad.mul_(1 - (logits / softcap).square())
     return loss, grad.to(dtype)
 
 
