@@ -140,6 +140,8 @@ def _attention_bytes(config: Any, setup: TrainingSetup, masked: bool) -> int:
     if setup.device == "cpu" and config.attention_dropout:
         # There is no fused kernel with dropout: query, key, value, then weights, dropout mask and dropped weights.
         return kept + _FP32 * (3 * width + 3 * heads * length) + size * width
+    if setup.device == "cpu":  # in blocks: keys and values repeated for all heads, and the attention weights
+        return kept + size * (4 * width + heads * weights_kept(length) // length)
     keys = width if masked else kv_heads * config.head_dim  # a mask needs keys and values repeated for all heads
     mask = size * length if masked else 0  # one a layer: the kernel takes it as numbers
     return kept + size * (2 * width + 2 * keys) + _FP32 * heads + mask
@@ -170,12 +172,19 @@ def embedding_bytes(config: Any, setup: TrainingSetup) -> int:
     return kept
 
 
-def head_bytes(config: Any, setup: TrainingSetup) -> tuple[int, int]:
-    """Kept of the final norm with the head's input, and of the loss: log-probabilities, targets and softcap."""
+def head_bytes(config: Any, head: int, setup: TrainingSetup) -> int:
+    """Kept of the final norm, and of head and loss only the gradients of their input and of the head's weights."""
     norm = _norm_bytes(config, config.hidden_size) if config.norm_position == "pre" else 0
-    softcap = setup.compute_bytes * config.vocab_size if config.final_logit_softcapping is not None else 0
-    loss = _FP32 * config.vocab_size + softcap + _INT64
-    return (norm + setup.compute_bytes * config.hidden_size) * setup.tokens, loss * setup.tokens
+    return (norm + _FP32 * config.hidden_size) * setup.tokens + _FP32 * head
+
+
+def _chunk_bytes(config: Any, head: int, setup: TrainingSetup) -> int:
+    """Beside what is kept, while the loss of a chunk is computed: logits, log-probabilities, and copies in bf16."""
+    rows = min(setup.tokens, chunk_rows(setup.tokens, config.vocab_size))
+    softcap = _FP32 if config.final_logit_softcapping is not None else 0
+    logits = rows * config.vocab_size * (2 * _FP32 + softcap)
+    states = config.hidden_size * setup.tokens * (_FP32 + 2 * setup.compute_bytes)
+    return logits + states + head * (2 * setup.compute_bytes if setup.bf16 else setup.compute_bytes)
 
 
 def weight_copy_bytes(weights: int, setup: TrainingSetup) -> int:

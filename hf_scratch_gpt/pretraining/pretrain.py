@@ -77,6 +77,7 @@ class _Pretraining:
             logger.warning("%s: there is no held-out text, so nothing is measured on it", dataset.folder)
         self.objective = make_objective(arguments.objective, dataset)
         self.model = distributed.place_model(setup.make_model(arguments, dataset), accelerator)
+        setup.use_fast_attention(self.model, accelerator.device.type)
         self.distributed = distributed.launched_kind()
         self.sharded = self.distributed == "fsdp"
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 
 from hf_scratch_gpt.pretraining import pretrain
 from hf_scratch_gpt.pretraining.loop import PretrainingLoop
-from hf_scratch_gpt.pretraining.setup import LanguageModelLoss
 from hf_scratch_gpt.pretraining.telemetry import Counters, Telemetry
 from hf_scratch_gpt.runs import Interrupted, read_metrics
 from hf_scratch_gpt.runs.hardware import peak_product_flops, peak_rss_bytes
@@ -137,42 +135,6 @@ def test_a_time_budget_counts_evaluations_in(make_arguments, monkeypatch):
 def test_a_mistake_in_these_settings_is_named(make_arguments, changes, message):
     with pytest.raises(ValueError, match=message):
         pretrain.run(make_arguments(**changes))
-
-
-class Logits(torch.nn.Module):
-    """A model whose logits are a parameter."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.tensor(logits))
-
-    def forward(self, **inputs):
-        return SimpleNamespace(logits=self.logits)
-
-
-def test_the_z_loss_by_hand():
-    # Z = 1 + 3 = 4 and 1 + 1 = 2; the targets are the second token, then the first; the last position has none.
-    model = Logits([[[0.0, math.log(3)], [0.0, 0.0], [9.0, 9.0]]])
-    module = LanguageModelLoss(model, bf16=False, z_loss=0.1)
-    total = module(torch.tensor([[0, 1, 0]]))
-    expected = -math.log(3 / 4) + 0.1 * math.log(4) ** 2 - math.log(1 / 2) + 0.1 * math.log(2) ** 2
-    assert total.item() == pytest.approx(expected, rel=1e-6)
-    total.backward()
-    # d(-log p)/dx = p - target; d(z log(Z)^2)/dx = 2 z log(Z) p.
-    first = [0.25 + 0.2 * math.log(4) * 0.25, 0.75 - 1 + 0.2 * math.log(4) * 0.75]
-    second = [0.5 - 1 + 0.2 * math.log(2) * 0.5, 0.5 + 0.2 * math.log(2) * 0.5]
-    torch.testing.assert_close(model.logits.grad[0], torch.tensor([first, second, [0.0, 0.0]]))
-
-
-def test_the_z_loss_counts_the_same_targets_as_the_loss():
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).tolist()
-    ids, labels = torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, -100, 2, -100, 6], [-100] * 5])
-    plain = LanguageModelLoss(Logits(logits), bf16=False)(ids, labels=labels)
-    nearly = LanguageModelLoss(Logits(logits), bf16=False, z_loss=1e-12)(ids, labels=labels)
-    assert nearly.item() == pytest.approx(plain.item(), rel=1e-6)
-    log_z = torch.tensor(logits).logsumexp(-1)[labels != -100]
-    full = LanguageModelLoss(Logits(logits), bf16=False, z_loss=0.5)(ids, labels=labels)
-    assert full.item() == pytest.approx(plain.item() + 0.5 * log_z.square().sum().item(), rel=1e-6)
 
 
 def test_the_z_loss_holds_the_normaliser_down(make_arguments, tmp_path, monkeypatch):
