@@ -76,6 +76,7 @@ def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bo
     grad.scatter_add_(-1, index, -valid.float()[:, None])
     if softcap is not None:
         grad.mul_(1 - (logits / softcap).square())
+    del logits  # before the copy is made
     return loss, grad.to(dtype)
 
 

@@ -524,7 +524,9 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if skip_logits and labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = summed_loss(self.config, self.lm_head, outputs.last_hidden_state, targets, z_loss)
             return CausalLMOutputWithPast(loss=loss)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -7,13 +7,16 @@ autograd really saves, byte for byte. A step's memory is then followed over its 
 Training is that of `scratch-gpt pretrain`: weights, gradients and optimizer states in fp32, the model in fp32 or under
 bf16 autocast, uncompiled. `torch.compile` keeps less, so the figures bound it from above. All figures are bytes.
 Not counted are two options that are off by default: `ema_decay`, another fp32 copy of the weights (and one more while
-it is measured), and `z_loss`, another gradient of the size of the fp32 logits.
+it is measured), and `packing: best_fit`, a few bytes a document.
 """
 
 import dataclasses
 import functools
 from collections import Counter
 from typing import Any, Literal
+
+from hf_scratch_gpt.model.blocked_attention import weights_kept
+from hf_scratch_gpt.model.linear_cross_entropy import chunk_rows
 
 SHARDINGS = ("none", "gradients", "full")
 _FP32, _BF16, _INT64 = 4, 2, 8
@@ -195,8 +198,8 @@ def weight_copy_bytes(weights: int, setup: TrainingSetup) -> int:
 def saved_bytes(config: Any, size: ModelSize, setup: TrainingSetup) -> int:
     """All that autograd keeps at the end of the forward pass, parameters aside."""
     layers = _kept_of_layers(config, setup)
-    copies = weight_copy_bytes(size.head if setup.checkpointing else size.linear, setup)
-    return embedding_bytes(config, setup) + layers + sum(head_bytes(config, setup)) + copies
+    copies = weight_copy_bytes(0 if setup.checkpointing else size.linear - size.head, setup)
+    return embedding_bytes(config, setup) + layers + head_bytes(config, size.head, setup) + copies
 
 
 def _kept_of_layers(config: Any, setup: TrainingSetup) -> int:
@@ -210,13 +213,13 @@ class Moment:
     """Bytes that one device holds at one moment of an optimizer step, by what they are.
 
     Args:
-        name (`str`): `forward`, `loss`, `head`, `first layer`, `last layer`, `embedding` or `step`: where the
-            backward pass is, or the optimizer.
+        name (`str`): `loss`, `head`, `first layer`, `last layer`, `embedding` or `step`: the loss with its gradients,
+            where the backward pass is, or the optimizer.
         weights (`int`): With what sharding gathers.
         gradients (`int`): With the buckets of DDP.
         optimizer (`int`): States, and what the step itself needs for a moment.
         activations (`int`): What autograd keeps, autocast's copies of weights, and the layer in work.
-        logits (`int`): Logits, log-probabilities, and their gradients.
+        logits (`int`): A chunk's logits and log-probabilities, and the head's copies while the loss is computed.
         snapshot (`int`, *optional*, defaults to `0`): What a checkpoint is written from, if it lies in this memory.
     """
 
@@ -279,16 +282,15 @@ def training_moments(config: Any, size: ModelSize, setup: TrainingSetup) -> list
     states = optimizer_state_bytes(size, setup.optimizer) // share
     snapshot = snapshot_bytes(size, setup.optimizer) if setup.saves and setup.device == "cpu" else 0
     layers, embedding = _kept_of_layers(config, setup), embedding_bytes(config, setup)
-    input_of_head, loss = head_bytes(config, setup)
-    logits = config.vocab_size * setup.tokens
-    copies = weight_copy_bytes(size.linear, setup)
-    head_copy, layer_copy = weight_copy_bytes(size.head, setup), weight_copy_bytes(size.layer, setup)
+    in_head = layers + head_bytes(config, size.head, setup)
+    layer_copy = weight_copy_bytes(size.layer, setup)
     one = max(layer_bytes(config, kind, setup) for kind in set(config.layer_types)) + layer_copy
     # A layer's own backward pass: gradients of the MLP's inner values (2 more than it frees) and of the residuals.
     work = (2 * setup.compute_bytes * config.intermediate_size + 2 * _FP32 * config.hidden_size) * setup.tokens
     again = one if setup.checkpointing else 0
-    kept_copies = head_copy if setup.checkpointing else copies
-    body_copies = kept_copies - head_copy
+    # Autocast itself holds the copies until the loss is there; then only autograd does, for what it keeps.
+    all_copies = weight_copy_bytes(size.linear - size.head, setup)
+    copies = 0 if setup.checkpointing else all_copies
 
     def moment(name: str, done: int, flying: int, activations: int, logits: int = 0, step: int = 0) -> Moment:
         """With the weights whose gradients are done, and those whose new ones wait to be added to others."""
@@ -299,13 +301,11 @@ def training_moments(config: Any, size: ModelSize, setup: TrainingSetup) -> list
     tied = config.tie_word_embeddings
     waiting = size.head if tied else 0  # a tied head's gradient waits for the embedding's, as large again
     lookup = size.head if not tied and setup.accumulates else waiting
-    in_head = layers + kept_copies + input_of_head
     return [
-        moment("forward", 0, 0, layers + copies + input_of_head, setup.compute_bytes * logits),
-        # The log-probabilities' gradient and the logits' are two more of their size.
-        moment("loss", 0, 0, in_head, loss + 2 * _FP32 * logits),
-        moment("head", 0, size.head, in_head + head_copy, setup.compute_bytes * logits),
-        moment("first layer", size.head - waiting, waiting, layers + body_copies + work + again),
+        moment("loss", 0, 0, in_head + all_copies, _chunk_bytes(config, size.head, setup)),
+        # The head's gradient is scaled into a new tensor.
+        moment("head", 0, size.head, in_head + copies),
+        moment("first layer", size.head - waiting, waiting, layers + copies + work + again),
         moment("last layer", size.parameters - size.layer - size.head, waiting, one + work),
         moment("embedding", size.parameters, lookup, 0),
         moment("step", size.parameters, 0, 0, step=step_bytes(size, setup.optimizer) // share),

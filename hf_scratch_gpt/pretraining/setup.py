@@ -232,17 +232,18 @@ class LanguageModelLoss(nn.Module):
         self.z_loss = z_loss
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Summed cross entropy in nats of `labels` that are not -100; without, of the tokens themselves.
+        """Summed cross entropy in nats of `labels` where they are not -100; without, of each next token of a window.
 
-        All are of shape (batch, length). A causal model predicts each label from the tokens before it: labels are
-        aligned with `input_ids`, as everywhere in transformers, and the first has no prediction. With `z_loss`, that
-        coefficient times log(Z)^2 is added for each target.
+        All are of shape (batch, length); a label is what is predicted at its place. With `z_loss`, that coefficient
+        times log(Z)^2 is added for each target.
         """
+        # A causal model would shift labels once more; `shift_labels` is transformers' name for those that are.
+        targets = {"labels": input_ids} if labels is None else {"labels": labels, "shift_labels": labels}
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                labels=input_ids if labels is None else labels,
+                **targets,
                 skip_logits=True,
                 z_loss=self.z_loss,
                 use_cache=False,

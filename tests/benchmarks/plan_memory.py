@@ -64,11 +64,12 @@ def train(config, setup, accumulation_steps, steps, folder):
     from hf_scratch_gpt.model import ScratchGPTForCausalLM
     from hf_scratch_gpt.pretraining.checkpointing import CheckpointWriter, TrainingState
     from hf_scratch_gpt.pretraining.optimizers import make_optimizers
-    from hf_scratch_gpt.pretraining.setup import LanguageModelLoss
+    from hf_scratch_gpt.pretraining.setup import LanguageModelLoss, use_fast_attention
 
     model = ScratchGPTForCausalLM(config).train()
     if setup["checkpointing"]:
         model.activation_checkpointing_enable()
+    use_fast_attention(model, "cpu")
     module, optimizers = LanguageModelLoss(model, setup["bf16"]), make_optimizers(model, setup["optimizer"])
     checkpoints = CheckpointWriter(folder)
     shape = (setup["micro_batch"], setup["sequence_length"])

@@ -5,7 +5,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from hf_scratch_gpt.pretraining.optimizers import make_optimizers
-from hf_scratch_gpt.pretraining.setup import LanguageModelLoss
+from hf_scratch_gpt.pretraining.setup import LanguageModelLoss, use_fast_attention
 
 TINY = {
     **{"vocab_size": 100, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
@@ -23,6 +23,7 @@ def make_loss_module(config, setup):
     model = ScratchGPTForCausalLM(config).train()
     if setup.checkpointing:
         model.activation_checkpointing_enable()
+    use_fast_attention(model, setup.device)
     return LanguageModelLoss(model, setup.bf16)
 
 

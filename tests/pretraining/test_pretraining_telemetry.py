@@ -1,7 +1,6 @@
 """What a run tells while it trains: rates by hand, evaluations in between that change nothing, and the z-loss."""
 
 import json
-import math
 
 import pytest
 import torch
