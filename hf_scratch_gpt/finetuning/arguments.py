@@ -10,7 +10,8 @@ import torch
 
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.arguments import check_trackers
-from hf_scratch_gpt.runs.hardware import has_fast_bf16, keep_freed_memory
+from hf_scratch_gpt.runs.hardware import has_fast_bf16
+from hf_scratch_gpt.runs.process import set_up_stage
 from hf_scratch_gpt.runs.values import nearest
 
 _PEFT_CHOICES = ("lora", "none")
@@ -110,8 +111,9 @@ class TuningArguments:
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         self.use_cpu = bool(getattr(self, "use_cpu", False)) or not torch.accelerator.is_available()
+        self.precision_is_chosen = self.bf16 is None and not getattr(self, "fp16", False)
         if self.bf16 is None:
-            self.bf16 = not getattr(self, "fp16", False) and has_fast_bf16()
+            self.bf16 = self.precision_is_chosen and has_fast_bf16("cpu" if self.use_cpu else None)
         super().__post_init__()  # type: ignore[misc]  # of the TRL config that comes next in the class order
         self._check()
 
@@ -170,9 +172,18 @@ def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save
     )
 
 
+def _set_up(arguments: Any, run: StageRun) -> None:
+    """Set the process up as the settings of the trainer say."""
+    set_precision = next((name for name in ("bf16", "fp16") if getattr(arguments, name)), "fp32")
+    precision = "auto" if arguments.precision_is_chosen else set_precision
+    asked = None if arguments.tf32 is None else "high" if arguments.tf32 else "highest"
+    device = "cpu" if arguments.use_cpu else arguments.device.type
+    set_up_stage(run, precision, device, asked, bool(arguments.torch_compile))
+
+
 def trainer_arguments(arguments: Any, run: StageRun, max_length: int | None) -> Any:
     """A copy of the settings for the trainer, which writes its checkpoints below the run; `run` keeps the original."""
-    keep_freed_memory()
+    _set_up(arguments, run)
     # transformers calls its own deprecated property when adapters are made.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     copied = copy.copy(arguments)

@@ -150,6 +150,7 @@ class StageRun:
         resumed (`bool`): An earlier try of the same settings was interrupted; `checkpoints` may hold its state.
         checkpoints (`Path`): Where the stage saves its `checkpoint-<step>` folders; removed by `finish`.
         outlasts_full_disk (`bool`): Set by a stage that goes on where the disk is full: `log` then only warns.
+        setup (`dict`, *optional*): Set by a stage that computes: how its process was set up, for `metrics.json`.
 
     Raises:
         ValueError: on entry, if another process writes this folder, or if it holds files that are not a run's.
@@ -160,6 +161,7 @@ class StageRun:
         self.folder = Path(arguments.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.finished = self.resumed = self.outlasts_full_disk = False
+        self.setup: dict[str, Any] | None = None
         self._home = Path(os.path.abspath(self.folder))  # has a name, and a parent for the lock, even for "."
         rank, self._world_size = rank_and_world_size()
         self.is_main = rank == 0
@@ -410,6 +412,7 @@ class StageRun:
             "files": model_files(self.folder),
             "inputs": self._inputs,
             "environment": describe_environment(),
+            **({"setup": self.setup} if self.setup is not None else {}),
             "metrics": metrics,
         }
         write_json(self.folder / METRICS, report)
