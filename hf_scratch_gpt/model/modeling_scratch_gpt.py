@@ -44,6 +44,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratch_gpt import ScratchGPTConfig
+from .linear_cross_entropy import linear_cross_entropy
 from .packed_linear import packed_linear_layers
 
 
@@ -467,6 +468,16 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             )
 
 
+def summed_loss(
+    config: PreTrainedConfig, lm_head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, z_loss: float
+) -> torch.Tensor:
+    """Cross-entropy in nats of `targets` (batch, tokens) but -100, summed, without ever making all logits."""
+    if type(lm_head) is not nn.Linear:  # its `weight` alone would leave out what an adapter adds
+        raise ValueError(f"`skip_logits` serves a plain linear head, found {type(lm_head).__name__}; leave it out")
+    softcap = config.final_logit_softcapping
+    return linear_cross_entropy(hidden_states.flatten(0, 1), lm_head.weight, targets.flatten(), z_loss, softcap)
+
+
 class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     """The trunk with a language-model head, tied to the embedding unless the config says otherwise."""
 
@@ -494,11 +505,14 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        z_loss: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (batch, tokens, vocab_size), and with `labels` (-100 is left out) the mean loss in nats a token.
 
-        `num_items_in_batch` divides the summed loss instead of the count of this batch's labels.
+        `num_items_in_batch` divides the summed loss instead of the count of this batch's labels. `skip_logits` with
+        `labels` gives the summed loss alone, and takes far less memory; `z_loss` is that of `linear_cross_entropy`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -509,6 +523,10 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if skip_logits and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = summed_loss(self.config, self.lm_head, outputs.last_hidden_state, targets, z_loss)
+            return CausalLMOutputWithPast(loss=loss)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         # CODEPATH: no preset caps its logits; Gemma's checkpoints do.
         if (cap := self.config.final_logit_softcapping) is not None:
@@ -557,11 +575,14 @@ class ScratchGPTForMaskedLM(ScratchGPTPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        skip_logits: bool = False,
+        z_loss: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Logits (batch, tokens, vocab_size), and the mean loss in nats over the `labels` (not shifted) but -100.
 
-        `num_items_in_batch` divides the summed loss instead of the count of this batch's labels.
+        `num_items_in_batch` divides the summed loss instead of the count of this batch's labels. `skip_logits` with
+        `labels` gives the summed loss alone, and takes far less memory; `z_loss` is that of `linear_cross_entropy`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -570,6 +591,10 @@ class ScratchGPTForMaskedLM(ScratchGPTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        if skip_logits and labels is not None:
+            return MaskedLMOutput(
+                loss=summed_loss(self.config, self.lm_head, outputs.last_hidden_state, labels, z_loss)
+            )
         logits = self.lm_head(outputs.last_hidden_state)
         # CODEPATH: no preset caps its logits; Gemma's checkpoints do.
         if (cap := self.config.final_logit_softcapping) is not None:

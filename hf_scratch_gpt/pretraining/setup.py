@@ -221,32 +221,23 @@ class LanguageModelLoss(nn.Module):
         self.model = model
         self.bf16 = bf16
         self.z_loss = z_loss
+        self._no_cache = {"use_cache": False} if model.config.is_causal else {}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Summed cross entropy in nats of `labels` where they are not -100; without, of each next token of a window.
 
         All are of shape (batch, length). With `z_loss`, that coefficient times log(Z)^2 is added for each target.
         """
+        # What a causal model predicts is the next token, so its labels are the tokens themselves.
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        # Shift the small targets rather than copy the large logits.
-        targets = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100) if labels is None else labels
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        if self.z_loss:
-            return _cross_entropy_with_z_loss(logits, targets, self.z_loss)
-        return nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def _cross_entropy_with_z_loss(logits: Tensor, targets: Tensor, coefficient: float) -> Tensor:
-    """Sum over the targets that are not -100 of -log p + coefficient x log(Z)^2; `logits` (tokens, vocabulary), fp32.
-
-    log(Z) is a target's logit less its log-probability: a `logsumexp` of its own would keep the logits a second time.
-    """
-    valid = targets != -100
-    index = torch.where(valid, targets, 0)[:, None]
-    log_probabilities = logits.log_softmax(-1).gather(-1, index)[:, 0]
-    log_z = logits.gather(-1, index)[:, 0] - log_probabilities
-    return torch.where(valid, coefficient * log_z.square() - log_probabilities, 0.0).sum()
+            return self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                labels=input_ids if labels is None else labels,
+                skip_logits=True,
+                z_loss=self.z_loss,
+                **self._no_cache,
+            ).loss
 
 
 def wants_bf16(precision: str) -> bool:

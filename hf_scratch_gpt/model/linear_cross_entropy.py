@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output head and cross-entropy in one, chunk by chunk, so that the logits of a whole batch never exist.
+
+Of a small model the logits are by far the largest tensor: 4,096 tokens with a vocabulary of 50,304 make 0.8 GB in
+fp32, and the plain loss makes three of them. Here a chunk's logits give its loss and, at once, the gradients of hidden
+states and weight (as in Cut Cross-Entropy, https://arxiv.org/abs/2411.09009, and Liger Kernel,
+https://arxiv.org/abs/2410.10989), so that the backward pass only scales them. Products are in the training dtype,
+everything between them is in fp32, and the weight's gradient is summed in fp32.
+
+It is plain PyTorch, which `torch.compile` fuses, for any device.
+"""
+
+from typing import Any
+
+import torch
+
+IGNORED = -100
+_CHUNK_ROWS, _CHUNK_LOGITS = 1024, 2**24  # a chunk has as many tokens as either allows, whichever is more
+
+
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """Tokens in a chunk: chunks of equal size, large enough that adding up the weight's gradient costs little."""
+    chunks = -(-rows // max(_CHUNK_ROWS, _CHUNK_LOGITS // vocabulary))
+    return max(1, -(-rows // max(1, chunks)))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states, weight, targets, z_loss: float, softcap: float | None, dtype: torch.dtype):
+        rows, vocabulary = hidden_states.shape[0], weight.shape[0]
+        matrix = weight.to(dtype)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        loss = hidden_states.new_zeros((), dtype=torch.float32)
+        grads = []
+        for chunk, target in zip(
+            hidden_states.to(dtype).split(chunk_rows(rows, vocabulary)),
+            targets.split(chunk_rows(rows, vocabulary)),
+            strict=True,
+        ):
+            part, grad_logits = _chunk(chunk @ matrix.T, target, z_loss, softcap, wants_hidden or wants_weight)
+            loss = loss + part
+            if wants_hidden:
+                grads.append(grad_logits @ matrix)
+            if wants_weight:
+                grad_weight += grad_logits.T @ chunk
+        ctx.save_for_backward(torch.cat(grads).to(hidden_states.dtype) if wants_hidden else None, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bool):
+    """The summed loss of a chunk's logits, (tokens, vocabulary), and its gradient in their dtype."""
+    dtype, valid = logits.dtype, targets != IGNORED
+    logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_z = torch.logsumexp(logits, -1)
+    index = torch.where(valid, targets, 0)[:, None]
+    losses = log_z - logits.gather(-1, index)[:, 0] + z_loss * log_z.square()
+    loss = torch.where(valid, losses, 0.0).sum()
+    if not wants_grad:
+        return loss, None
+    factor = torch.where(valid, 1 + 2 * z_loss * log_z, 0.0)
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == index
+    grad = torch.exp(logits - log_z[:, None]) * factor[:, None] - (is_target & valid[:, None]).float()
+    if softcap is not None:
+        grad = grad * (1 - (logits / softcap).square())
+    return loss, grad.to(dtype)
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Summed cross-entropy in nats of `hidden_states @ weight.T`, with gradients for both; fp32, of no dimension.
+
+    Args:
+        hidden_states (`Tensor`): (tokens, width).
+        weight (`Tensor`): The output head's, (vocabulary, width).
+        targets (`Tensor`): (tokens,); -100 is left out.
+        z_loss (`float`, *optional*, defaults to `0.0`): Times log(Z)^2 is added for each target (PaLM,
+            https://arxiv.org/abs/2204.02311, section 5).
+        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
+    """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, z_loss, softcap, dtype)
