@@ -1,12 +1,15 @@
 """How a process sets itself up for its machine: one place that chooses, one line that says what was chosen.
 
-| choice | what decides | what forces it |
-| --- | --- | --- |
-| threads of a product | the cores it may use (affinity, a container's CPU quota), shared by a machine's processes | `OMP_NUM_THREADS` |
-| freed memory | kept where the C library is glibc | `SCRATCH_GPT_KEEP_FREED_MEMORY` (0 or 1), or glibc's own `MALLOC_...` variables |
-| precision | bf16 where the hardware is faster in it | `precision` of `pretrain`; `bf16`, `fp16` of the other stages |
-| products in fp32 | in full; TF32 on a GPU under bf16 or fp16, where what is left in fp32 need not be finer | `SCRATCH_GPT_MATMUL_PRECISION` (highest, high, medium), or `tf32` of the tuning stages |
-| compilation | where it pays back within the run | `compile` of `pretrain`; `torch_compile` of the other stages |
+- Threads of a product: the cores that the process may use (affinity, a container's CPU quota), shared by a machine's
+  processes. Forced by `OMP_NUM_THREADS`.
+- Freed memory: kept where the C library is glibc. Forced by `SCRATCH_GPT_KEEP_FREED_MEMORY` (0 or 1) or by glibc's own
+  variables (`MALLOC_MMAP_MAX_` and the like).
+- Precision: bf16 where the hardware is faster in it. Forced by `precision` of `pretrain`, `bf16` or `fp16` of the
+  other stages.
+- Products in fp32: in full; TF32 on a GPU under bf16 or fp16, where what is left in fp32 need not be finer. Forced by
+  `SCRATCH_GPT_MATMUL_PRECISION` (highest, high, medium), or by `tf32` of the stages on TRL's trainers.
+- Compilation: where it pays back within the run. Forced by `compile` of `pretrain`; the other stages compile only with
+  `torch_compile`.
 
 A recipe's `env` may set the variables. What is measured or checked is computed in full fp32 whatever is chosen here
 (`exact_products`).

@@ -1,10 +1,11 @@
 """Memory and time of a step of SFT: our chunked head and loss against TRL's own fused head.
 
-    python tests/benchmarks/sft_memory.py [--peft lora] [--rounds 3] [--steps 4] [--json OUT]
+    python tests/benchmarks/sft_memory.py [--peft lora] [--no-checkpointing] [--rounds 3] [--steps 4] [--json OUT]
 
 Each measurement is a process of its own, in turn: it makes a model (23M parameters: 6 layers, width 384, vocabulary
 32,768), notes its resident memory, and takes training steps of 4,096 tokens, all of them targets, through the very
-trainer that `scratch-gpt sft` uses, or through TRL's `SFTTrainer` with the same settings. Reported are the highest
+trainer that `scratch-gpt sft` uses, or through TRL's `SFTTrainer` with the same settings, with gradient checkpointing
+(TRL's default) unless it is turned off. Reported are the highest
 resident memory above the noted one (gradients and optimizer states are in it) and the median time of the steps after
 the first, each as the median over the rounds.
 """
@@ -62,7 +63,9 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
         per_device_train_batch_size=rows,
         max_steps=arguments.steps,
         bf16=arguments.precision == "bf16" if arguments.precision != "auto" else None,
+        gradient_checkpointing=arguments.gradient_checkpointing,
         save_strategy="no",
+        disable_tqdm=True,
         logging_steps=1,
     )
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--peft", choices=("none", "lora"), default="none")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--no-checkpointing", dest="gradient_checkpointing", action="store_false")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))

@@ -102,9 +102,16 @@ def test_tf32_is_for_gpus_under_autocast_and_can_be_forced(monkeypatch):
 def test_what_is_measured_is_computed_in_full(monkeypatch):
     monkeypatch.setenv(process.MATMUL_PRECISION, "high")
     process.set_up_process("fp32", "cpu")
-    with pytest.raises(RuntimeError, match="planted"), process.exact_products():
-        assert torch.get_float32_matmul_precision() == "highest"
-        raise RuntimeError("planted")
+    found = []
+
+    def measure_and_fail():
+        with process.exact_products():
+            found.append(torch.get_float32_matmul_precision())
+            raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        measure_and_fail()
+    assert found == ["highest"]
     assert torch.get_float32_matmul_precision() == "high"
 
 
