@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_scratch_gpt.pretraining.loss_scale import FIRST_SCALE
 from hf_scratch_gpt.pretraining.optimizers import Optimizers
 from hf_scratch_gpt.pretraining.snapshot import Snapshot
 from hf_scratch_gpt.runs import read_json, replace_folder
@@ -53,6 +54,9 @@ class TrainingState:
         rollbacks (`list[dict]`): What the spike guard did, each time it went back to a checkpoint.
         evaluated_step (`int`): Step of the last evaluation during training.
         evaluation_seconds (`float`): Time spent on evaluations during training.
+        loss_scale (`float`): Factor on the loss in fp16; see `LossScale`.
+        steps_since_overflow (`int`): Steps in a row whose gradients it did not make overflow.
+        overflows (`int`): Updates left out because it did.
     """
 
     step: int = 0
@@ -76,6 +80,9 @@ class TrainingState:
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluated_step: int = 0
     evaluation_seconds: float = 0.0
+    loss_scale: float = FIRST_SCALE
+    steps_since_overflow: int = 0
+    overflows: int = 0
 
 
 def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,8 @@ class _Pretraining:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.setup = set_up_process(arguments.precision, accelerator.device.type)
         self.bf16 = self.setup.precision == "bf16"
-        self.loss_module = setup.LanguageModelLoss(self.model, self.bf16, arguments.z_loss)
+        self.fp16 = self.setup.precision == "fp16"
+        self.loss_module = setup.LanguageModelLoss(self.model, self.bf16, arguments.z_loss, self.fp16)
         prompts = arguments.sample_prompts or []
         sizes = (arguments.sample_tokens, arguments.context_length)
         self.sample_prompts = encode_sample_prompts(dataset.tokenizer, prompts, *sizes)
@@ -103,7 +104,9 @@ class _Pretraining:
         tell_setup(self.run, dataclasses.replace(self.setup, compiled=state.compiled))
         accelerator = self.accelerator
         sizes = (arguments.batch_size * arguments.context_length, arguments.context_length)
-        self.telemetry = make_telemetry(self.model, *sizes, self.bf16, accelerator.num_processes, accelerator.device)
+        self.telemetry = make_telemetry(
+            self.model, *sizes, self.setup.precision, accelerator.num_processes, accelerator.device
+        )
         module = prepare_module(self.loss_module, self.model, accelerator)
         if state.step:
             # Setting up again cannot be had back: a second try counts only training, or the rate would not decay.
@@ -121,6 +124,7 @@ class _Pretraining:
             self._clock,
             self.telemetry,
             self._make_interim(),
+            self.fp16,
         )
         with StopRequest() as stop:
             loop.train(stop)
@@ -290,6 +294,7 @@ class _Pretraining:
             "heldout_bytes": sum(len(text.encode("utf-8")) for text in self.documents),
             "distributed": self.distributed,
             "precision": self.setup.precision,
+            **({"overflows": state.overflows, "loss_scale": state.loss_scale} if self.fp16 else {}),
             "compiled": state.compiled,
             "objective": self.arguments.objective,
             "optimizer": self.arguments.optimizer,
