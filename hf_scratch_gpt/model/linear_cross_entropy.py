@@ -20,7 +20,7 @@ import torch
 IGNORED = -100
 # A chunk has as many tokens as either allows, whichever is more.
 _CHUNK_ROWS, _CHUNK_LOGITS = 1024, 2**24
-_EAGER_CHUNK_ROWS, _EAGER_CHUNK_LOGITS = 256, 2**23  # without fusion each step between is a tensor of its own
+_EAGER_CHUNK_ROWS, _EAGER_CHUNK_LOGITS = 128, 2**22  # without fusion each step between is a tensor of its own
 
 
 @dataclasses.dataclass
@@ -87,10 +87,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            grad_hidden = _scale(grad_hidden, grad_loss.to(grad_hidden.dtype))
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            grad_weight = _scale(grad_weight, grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _scale(gradient, factor):
+    """Their product; in place where nothing is compiled, so that a second backward pass is autograd's own error."""
+    return gradient * factor if torch.compiler.is_compiling() else gradient.mul_(factor)
 
 
 def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bool):

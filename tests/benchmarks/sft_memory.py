@@ -55,6 +55,7 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
     from hf_scratch_gpt.finetuning.arguments import make_lora_config, trainer_arguments
     from hf_scratch_gpt.finetuning.sft import ConversationTrainer, SFTArguments
     from hf_scratch_gpt.runs import StageRun
+    from hf_scratch_gpt.runs.hardware import peak_rss_bytes
 
     rows = arguments.tokens // arguments.length
     settings = SFTArguments(
@@ -80,12 +81,16 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
+            self.cpu_seconds: list[float] = []
+            self.peaks: list[int] = []
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._begin = time.perf_counter()
+            self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds.append(time.perf_counter() - self._begin)
+            self.cpu_seconds.append(time.process_time() - self._cpu_begin)
+            self.peaks.append(peak_rss_bytes())
 
     clock = Clock()
     trainer = {"ours": ConversationTrainer, "trl": SFTTrainer}[arguments.measure](
@@ -115,11 +120,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         trainer = make_trainer(arguments, model, Path(folder) / "run")
         before = resident_bytes()
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = trainer.clock.seconds
+    clock = trainer.clock
     return {
-        "above_model_bytes": peak - before,
-        "seconds": statistics.median(seconds[1:]),
+        "above_model_bytes": clock.peaks[-1] - before,
+        "above_model_bytes_by_step": [peak - before for peak in clock.peaks],
+        "seconds": statistics.median(clock.seconds[1:]),
+        "cpu_seconds": statistics.median(clock.cpu_seconds[1:]),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
@@ -150,7 +156,11 @@ def main() -> None:
             answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             found[head].append(json.loads(answer.splitlines()[-1]))
             row = found[head][-1]
-            print(f"{head}: {row['above_model_bytes'] / 1e9:.2f} GB, {row['seconds']:.2f} s a step", flush=True)
+            print(
+                f"{head}: {row['above_model_bytes'] / 1e9:.2f} GB, {row['seconds']:.2f} s a step "
+                f"({row['cpu_seconds']:.2f} CPU seconds)",
+                flush=True,
+            )
     print("| head | peak above the model | seconds a step | loss of the last step |\n| --- | --- | --- | --- |")
     rows = []
     for head, runs in found.items():

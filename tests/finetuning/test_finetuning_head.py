@@ -236,3 +236,11 @@ def test_nothing_is_kept_for_gradients_where_none_are_wanted(monkeypatch):
     linear_cross_entropy(hidden.detach(), weight.detach(), targets)
     linear_cross_entropy(hidden, weight.detach(), targets)
     assert wanted == [False, False, True]
+
+
+def test_gradients_are_not_given_out_twice():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 4]))
+    (loss / 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
