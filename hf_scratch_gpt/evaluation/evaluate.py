@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_scratch_gpt.evaluation.arguments import EvaluateArguments
 from hf_scratch_gpt.runs import StageRun, read_json, write_json, write_text
-from hf_scratch_gpt.runs.hardware import keep_freed_memory
+from hf_scratch_gpt.runs.process import set_up_stage
 from hf_scratch_gpt.runs.training import progress_bar
 
 Arguments = EvaluateArguments
@@ -27,7 +27,7 @@ def run(arguments: EvaluateArguments) -> Path:
     with StageRun(arguments, "evaluate") as run:
         if run.finished:
             return run.folder
-        keep_freed_memory()
+        set_up_stage(run, "fp32")
         from hf_scratch_gpt.evaluation.comparison import summarise
         from hf_scratch_gpt.evaluation.material import load_material
         from hf_scratch_gpt.evaluation.measure import Measurer, measure_reward_model

@@ -1,10 +1,12 @@
-"""The mode in which models are measured: no dropout, no gradients, no autocast."""
+"""The mode in which models are measured: no dropout, no gradients, no autocast, products in full fp32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from hf_scratch_gpt.runs.process import exact_products
 
 
 @contextmanager
@@ -15,7 +17,8 @@ def measuring(model: Any) -> Iterator[None]:
     # A sharded model gathers its layers into memory that its training uses again, which inference tensors forbid.
     sharded = hasattr(model, "set_requires_gradient_sync")
     try:
-        with torch.no_grad() if sharded else torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        no_gradients = torch.no_grad() if sharded else torch.inference_mode()
+        with no_gradients, torch.autocast(model.device.type, enabled=False), exact_products():
             yield
     finally:
         model.train(was_training)

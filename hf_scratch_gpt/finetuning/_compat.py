@@ -1,8 +1,13 @@
 """What we touch inside TRL: here and nowhere else, so that an upgrade has one place to break."""
 
+import functools
+import types
 from typing import Any
 
+import torch
 import trl.trainer.utils as trl_utils
+
+from hf_scratch_gpt.model.linear_cross_entropy import IGNORED, LossStatistics, linear_cross_entropy
 
 
 def score_only_trained_positions() -> None:
@@ -18,6 +23,68 @@ def score_only_trained_positions() -> None:
 
 def _always(device: object) -> bool:
     return True
+
+
+# Names under which configs scale their logits; TRL's head knows them all.
+_LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+def use_linear_cross_entropy(trainer: Any) -> bool:
+    """Give the model of an `SFTTrainer` a head and loss that are computed chunk by chunk; returns whether it took.
+
+    TRL's fused head computes all logits in tiles of 4,096 tokens by 32,768 of the vocabulary, once for the loss and
+    once more for the gradients, which it multiplies in fp32. `compute_loss` asks it for tensors by token but uses
+    their sums only, for the loss and for two metrics: so sums are what it gets, and all that TRL makes of them
+    (normalising, accumulation, processes, metrics) stays. Left to TRL are a loss that is no sum of log-probabilities
+    (`dft`), a head with a bias, scaled logits, mixtures of experts, and DeepSpeed, which shards the head's weight.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = model.config.get_text_config()
+    left_to_trl = (
+        trainer.args.loss_type != "nll"
+        or trainer.aux_loss_enabled
+        or getattr(model.get_output_embeddings(), "bias", None) is not None
+        or any(getattr(config, name, None) is not None for name in _LOGIT_SCALES)
+        or trainer.is_deepspeed_enabled
+    )
+    if left_to_trl:
+        return False
+    trl_forward = model.forward
+    assert "fused_lm_head" in trl_forward.__code__.co_varnames, "TRL changed add_fused_lm_head: see its compute_loss"
+
+    @functools.wraps(trl_forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            given = kwargs if labels is None else {**kwargs, "labels": labels}
+            return trl_forward(*args, fused_lm_head=fused_lm_head, **given)
+        kwargs.pop("num_items_in_batch", None)
+        hidden_states = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return _summed_output(
+            hidden_states, self.get_output_embeddings(), labels, getattr(config, "final_logit_softcapping", None)
+        )
+
+    model.forward = types.MethodType(forward, model)
+    return True
+
+
+def _summed_output(hidden_states: torch.Tensor, lm_head: Any, labels: torch.Tensor, softcap: float | None) -> Any:
+    """TRL's output with sums over the positions that have a label, (batch, tokens), in place of tensors by token."""
+    weight = lm_head.weight
+    if hasattr(weight, "full_tensor"):  # FSDP2's slice
+        weight = weight.full_tensor()
+    targets = labels[:, 1:].to(hidden_states.device)
+    mask = targets != IGNORED
+    statistics = LossStatistics()
+    loss = linear_cross_entropy(
+        hidden_states[:, :-1][mask], weight, targets[mask], softcap=softcap, statistics=statistics
+    )
+    return trl_utils.FusedCausalLMOutput(
+        log_probs=-loss,
+        entropy=torch.as_tensor(statistics.entropy, device=loss.device),
+        is_top1=torch.as_tensor(statistics.correct, device=loss.device),
+        label_mask=mask,
+    )
 
 
 def let_head_have_no_bias(model: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.arguments import check_trackers
-from hf_scratch_gpt.runs.hardware import has_fast_bf16, keep_freed_memory
+from hf_scratch_gpt.runs.hardware import has_fast_bf16
+from hf_scratch_gpt.runs.process import set_up_stage
 from hf_scratch_gpt.runs.values import nearest
 
 _PEFT_CHOICES = ("lora", "none")
@@ -38,7 +39,8 @@ class TuningArguments:
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
         lora_target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): Modules that get an
             adapter; `all-linear` leaves out the head.
-        lora_modules_to_save (`list[str]`, *optional*): Modules that are trained whole beside the adapters. The final
+        lora_modules_to_save (`list[str]`, *optional*): Modules that are trained whole beside the adapters; the head
+            and the embedding only where they are not tied to each other. The final
             norm, `model.norm`, scales all logits, so that it can sharpen or flatten what the model says in a few steps
             (norms alone are enough for much of tuning: Zhao et al. 2023, https://arxiv.org/abs/2312.11420). One
             learning rate serves both: `lora_alpha / lora_r` sets how much of it reaches the adapted weights.
@@ -110,8 +112,9 @@ class TuningArguments:
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         self.use_cpu = bool(getattr(self, "use_cpu", False)) or not torch.accelerator.is_available()
+        self.precision_is_chosen = self.bf16 is None and not getattr(self, "fp16", False)
         if self.bf16 is None:
-            self.bf16 = not getattr(self, "fp16", False) and has_fast_bf16()
+            self.bf16 = self.precision_is_chosen and has_fast_bf16("cpu" if self.use_cpu else None)
         super().__post_init__()  # type: ignore[misc]  # of the TRL config that comes next in the class order
         self._check()
 
@@ -143,19 +146,24 @@ def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save
     `modules_to_save` are trained whole, beside those that the settings name.
 
     Raises:
-        ValueError: if a module to train whole does not exist; or if the adapters target the head or the embedding:
-            tied to each other, merging one would change both; and TRL multiplies with the head's plain weight, so an
-            adapter on it would never train.
+        ValueError: if a module to train whole does not exist, or is the head or the embedding while these are tied: a
+            copy of one would leave the other behind; or if the adapters target either: the loss multiplies with the
+            head's plain weight, so an adapter on it would never train.
     """
     if arguments.peft == "none":
         return None
     from peft import LoraConfig
 
     targets = list(arguments.lora_target_modules)
+    config = getattr(model, "config", None)
+    tied = config is None or bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     for field in ("lora_target_modules", "lora_modules_to_save"):
         for name in getattr(arguments, field):
-            if name.rpartition(".")[2] in ("lm_head", "embed_tokens", "score"):
+            last = name.rpartition(".")[2]
+            if last == "score" or (last in ("lm_head", "embed_tokens") and field == "lora_target_modules"):
                 raise ValueError(f"'{field}': '{name}' is not supported there; leave it out")
+            if last in ("lm_head", "embed_tokens") and tied:
+                raise ValueError(f"'{field}': '{name}' is one weight with another, they are tied; leave it out")
     known = [name for name, _ in model.named_modules() if name]
     for name in arguments.lora_modules_to_save:  # peft passes over a name that it does not find
         if not any(module.endswith(name) for module in known):
@@ -170,9 +178,18 @@ def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save
     )
 
 
+def _set_up(arguments: Any, run: StageRun) -> None:
+    """Set the process up as the settings of the trainer say."""
+    set_precision = next((name for name in ("bf16", "fp16") if getattr(arguments, name)), "fp32")
+    precision = "auto" if arguments.precision_is_chosen else set_precision
+    asked = None if arguments.tf32 is None else "high" if arguments.tf32 else "highest"
+    device = "cpu" if arguments.use_cpu else arguments.device.type
+    set_up_stage(run, precision, device, asked, bool(arguments.torch_compile))
+
+
 def trainer_arguments(arguments: Any, run: StageRun, max_length: int | None) -> Any:
     """A copy of the settings for the trainer, which writes its checkpoints below the run; `run` keeps the original."""
-    keep_freed_memory()
+    _set_up(arguments, run)
     # transformers calls its own deprecated property when adapters are made.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     copied = copy.copy(arguments)

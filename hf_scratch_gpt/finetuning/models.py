@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
 from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, check_writes_text, loading, quiet
+from hf_scratch_gpt.runs.process import exact_products
 
 ADAPTER_FOLDER = "adapter"
 # Merging adds the low-rank update to the weight before instead of after the product: equal up to fp32 rounding, which
@@ -113,7 +114,7 @@ def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Logits (fp32, on the CPU) in evaluation mode, without autocast, dropout or gradients."""
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False), exact_products():
         logits = model(input_ids=input_ids).logits.float().cpu()
     model.train(was_training)
     return logits

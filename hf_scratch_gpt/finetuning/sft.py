@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_scratch_gpt.evaluation.intervals import bootstrap_ratio
-from hf_scratch_gpt.finetuning._compat import let_head_have_no_bias, score_only_trained_positions
+from hf_scratch_gpt.finetuning._compat import (
+    let_head_have_no_bias,
+    score_only_trained_positions,
+    use_linear_cross_entropy,
+)
 from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
 from hf_scratch_gpt.finetuning.models import (
     context_length,
@@ -49,6 +53,7 @@ class ConversationTrainer(LengthGrouping, SFTTrainer):
         score_only_trained_positions()
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         let_head_have_no_bias(self.model)
+        use_linear_cross_entropy(self)
 
 
 def run(arguments: SFTArguments) -> Path:

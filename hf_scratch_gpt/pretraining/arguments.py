@@ -114,8 +114,10 @@ class PretrainArguments(StageArguments):
     spike_rollbacks: int = _field(
         8, "When a spike lasts, go back to a checkpoint and pass over its data, at most so many times; 0 for never."
     )
-    precision: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware is faster in it."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field(
+        "auto",
+        "fp32, bf16 (autocast), fp16 (autocast with loss scaling, for GPUs without bf16), or auto: bf16 where the "
+        "hardware is faster in it.",
     )
     compile: Literal["auto", "true", "false"] = _field(
         "auto", "torch.compile: true, false, or auto: where it can pay for itself."

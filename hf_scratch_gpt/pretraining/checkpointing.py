@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_scratch_gpt.pretraining.loss_scale import FIRST_SCALE
 from hf_scratch_gpt.pretraining.optimizers import Optimizers
 from hf_scratch_gpt.pretraining.snapshot import Snapshot
 from hf_scratch_gpt.runs import read_json, replace_folder
@@ -55,6 +56,9 @@ class TrainingState:
         evaluation_seconds (`float`): Time spent on evaluations during training.
         stream (`dict`, *optional*): Of a run that reads a stream, how far: `batches`, the `digest` of their tokens,
             and what was `removed` on the way.
+        loss_scale (`float`): Factor on the loss in fp16; see `LossScale`.
+        steps_since_overflow (`int`): Steps in a row whose gradients it did not make overflow.
+        overflows (`int`): Updates left out because it did.
     """
 
     step: int = 0
@@ -79,6 +83,9 @@ class TrainingState:
     evaluated_step: int = 0
     evaluation_seconds: float = 0.0
     stream: dict[str, Any] | None = None
+    loss_scale: float = FIRST_SCALE
+    steps_since_overflow: int = 0
+    overflows: int = 0
 
 
 def _each_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -122,11 +122,13 @@ def _meant_several(environment: Mapping[str, str]) -> bool:
 
 def _check_precision(arguments: PretrainArguments, environment: Mapping[str, str]) -> None:
     asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    bf16 = arguments.precision == "bf16" or (arguments.precision == "auto" and has_fast_bf16())
-    if asked != "no" and not (asked == "bf16" and bf16):
+    chosen = arguments.precision
+    if chosen == "auto":
+        chosen = "bf16" if has_fast_bf16() else "fp32"
+    if asked not in ("no", chosen):
         raise ValueError(
             f"the launcher asks for mixed precision {asked}, the recipe's 'precision' {arguments.precision} gives "
-            f"{'bf16' if bf16 else 'fp32'}; launch with --mixed_precision no, the recipe decides"
+            f"{chosen}; launch with --mixed_precision no, the recipe decides"
         )
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError("the launcher asks for compilation; launch with --dynamo_backend no and set 'compile'")

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.pretraining.checkpointing import CheckpointWriter, TrainingState
 from hf_scratch_gpt.pretraining.interim import Interim
+from hf_scratch_gpt.pretraining.loss_scale import LossScale
 from hf_scratch_gpt.pretraining.optimizers import Optimizers
 from hf_scratch_gpt.pretraining.recovery import Recovery
 from hf_scratch_gpt.pretraining.schedules import Budget, decay_factor, warmup_factor
@@ -51,6 +52,7 @@ class PretrainingLoop:
         telemetry (`Telemetry`, *optional*): Tells the rates in the curve.
         interim (`Interim`, *optional*): Evaluates at set intervals.
         count_padding (*optional*): Tokens of a step's windows, over all processes, that are padding; without, none.
+        fp16 (`bool`, *optional*, defaults to `False`): Scale the loss, as fp16 needs it.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PretrainingLoop:
         telemetry: Telemetry | None = None,
         interim: Interim | None = None,
         count_padding: Callable[[int], int] = lambda step: 0,
+        fp16: bool = False,
     ):
         self.arguments, self.accelerator, self.run = arguments, accelerator, run
         self.module, self.model, self.optimizers = module, model, optimizers
@@ -75,6 +78,7 @@ class PretrainingLoop:
         self.telemetry, self.interim, self.count_padding = telemetry, interim, count_padding
         self.tokens_per_step = arguments.batch_size * arguments.context_length
         self.guard = SpikeGuard(state, arguments.spike_threshold)
+        self.loss_scale, self._overflowed = LossScale(state, fp16), False
         self.checkpoints = CheckpointWriter(run.checkpoints, arguments.checkpoints_kept)
         self.recovery = Recovery(
             accelerator, run, model, optimizers, state, self.guard, arguments.spike_rollbacks, self.checkpoints.wait
@@ -114,7 +118,8 @@ class PretrainingLoop:
         self._evaluate_if_due()  # a signal may have come before it
         while not self.budget.spent(state.step, state.elapsed, self._step_seconds):
             self._step()
-            self.recovery.watch(self._skip_reason)
+            if not self._overflowed:  # which says nothing about the weights or the data
+                self.recovery.watch(self._skip_reason)
             reason, due, failed = self._agree(stop)
             self._log(bar)
             if failed:
@@ -182,10 +187,12 @@ class PretrainingLoop:
         state.data_seconds += data_seconds
         self._data_seconds_here += data_seconds
         loss = self._accumulate_gradients(batch)
+        self.loss_scale.unscale(self.module.parameters())
         norm = accelerator.clip_grad_norm_(self.module.parameters(), arguments.grad_clip or math.inf)
         self.last_norm, last_loss = float(norm), float(accelerator.reduce(loss, "mean"))
-        spike = self.guard.judge(last_loss, self.last_norm)
-        if spike is None:
+        self._overflowed = self.loss_scale.overflowed(last_loss, self.last_norm)
+        spike = None if self._overflowed else self.guard.judge(last_loss, self.last_norm)
+        if spike is None and not self._overflowed:
             self.optimizers.step()
         self.optimizers.zero_grad()
         state.step += 1
@@ -207,7 +214,9 @@ class PretrainingLoop:
             is_last = part == parts - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
                 loss = self.module(**{name: tensors[part] for name, tensors in chunks.items()}) * scale
-                loss.backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
+                (
+                    loss * self.loss_scale.factor
+                ).backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
             total += loss.detach()
         return total
 
@@ -219,6 +228,8 @@ class PretrainingLoop:
 
     def _record(self, loss: float, spike: str | None) -> None:
         state, self._skip_reason = self.state, spike or ""
+        if self._overflowed:
+            self.run.log(step=state.step, overflow_halved_loss_scale_to=state.loss_scale)
         if spike is None:
             state.pending_losses.append(loss)
             state.recent_losses = [*state.recent_losses, loss][-_RECENT_LOSSES:]

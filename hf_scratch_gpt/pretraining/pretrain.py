@@ -9,6 +9,7 @@ if nothing had happened: with `max_steps`, on a CPU in fp32, the weights are equ
 schedule follows the clock, and a rerun is as long but not identical.
 """
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.runs import StageRun, StopRequest, given_settings
 from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
-from hf_scratch_gpt.runs.hardware import keep_freed_memory
+from hf_scratch_gpt.runs.process import set_up_process, tell_setup
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ def run(arguments: PretrainArguments) -> Path:
     """
     started = time.monotonic()
     arguments.check()
-    keep_freed_memory()
     from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
 
     accelerator = make_accelerator(arguments)
@@ -81,8 +81,10 @@ class _Pretraining:
         self.distributed = distributed.launched_kind()
         self.sharded = self.distributed == "fsdp"
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.bf16 = setup.wants_bf16(arguments.precision)
-        self.loss_module = setup.LanguageModelLoss(self.model, self.bf16, arguments.z_loss)
+        self.setup = set_up_process(arguments.precision, accelerator.device.type)
+        self.bf16 = self.setup.precision == "bf16"
+        self.fp16 = self.setup.precision == "fp16"
+        self.loss_module = setup.LanguageModelLoss(self.model, self.bf16, arguments.z_loss, self.fp16)
         prompts = arguments.sample_prompts or []
         sizes = (arguments.sample_tokens, arguments.context_length)
         self.sample_prompts = encode_sample_prompts(dataset.tokenizer, prompts, *sizes)
@@ -101,9 +103,12 @@ class _Pretraining:
             state.untrained = self._evaluate()
         if not state.done:
             state.compiled = self._compile()
+        tell_setup(self.run, dataclasses.replace(self.setup, compiled=state.compiled))
         accelerator = self.accelerator
         sizes = (arguments.batch_size * arguments.context_length, arguments.context_length)
-        self.telemetry = make_telemetry(self.model, *sizes, self.bf16, accelerator.num_processes, accelerator.device)
+        self.telemetry = make_telemetry(
+            self.model, *sizes, self.setup.precision, accelerator.num_processes, accelerator.device
+        )
         module = prepare_module(self.loss_module, self.model, accelerator)
         if state.step:
             # Setting up again cannot be had back: a second try counts only training, or the rate would not decay.
@@ -122,6 +127,7 @@ class _Pretraining:
             self.telemetry,
             self._make_interim(),
             self._count_padding,
+            self.fp16,
         )
         with StopRequest() as stop:
             loop.train(stop)
@@ -222,8 +228,7 @@ class _Pretraining:
             processes = self.accelerator.num_processes
             print(
                 f"pretrain: {self.parameters / 1e6:.2f}M parameters on {self.accelerator.device.type}, "
-                f"{processes} process{'es' if processes > 1 else ''}, {'bf16' if self.bf16 else 'fp32'}, "
-                f"{'compiled' if compiled else 'not compiled'}, {arguments.optimizer}, "
+                f"{processes} process{'es' if processes > 1 else ''}, {arguments.optimizer}, "
                 f"{arguments.batch_size} x {arguments.context_length} tokens a step",
                 flush=True,
             )
@@ -309,7 +314,8 @@ class _Pretraining:
             "heldout_documents": len(self.documents),
             "heldout_bytes": sum(len(text.encode("utf-8")) for text in self.documents),
             "distributed": self.distributed,
-            "precision": "bf16" if self.bf16 else "fp32",
+            "precision": self.setup.precision,
+            **({"overflows": state.overflows, "loss_scale": state.loss_scale} if self.fp16 else {}),
             "compiled": state.compiled,
             "objective": self.arguments.objective,
             "optimizer": self.arguments.optimizer,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overrides
 from hf_scratch_gpt.pretraining.distributed import check_launch, check_processes, launched_processes
 from hf_scratch_gpt.runs.arguments import check_trackers
-from hf_scratch_gpt.runs.hardware import has_fast_bf16
 from hf_scratch_gpt.runs.loading import loading
 
 logger = logging.getLogger(__name__)
@@ -221,14 +220,16 @@ class LanguageModelLoss(nn.Module):
     Args:
         model: The causal or masked language model.
         bf16 (`bool`): Run the model under bf16 autocast; the loss itself is in fp32 either way.
+        fp16 (`bool`, *optional*, defaults to `False`): Under fp16 autocast instead; see `LossScale`.
         z_loss (`float`, *optional*, defaults to `0.0`): Coefficient of the squared logarithm of the softmax's
             normaliser, which keeps logits from drifting (PaLM, https://arxiv.org/abs/2204.02311, section 5).
     """
 
-    def __init__(self, model: nn.Module, bf16: bool, z_loss: float = 0.0):
+    def __init__(self, model: nn.Module, bf16: bool, z_loss: float = 0.0, fp16: bool = False):
         super().__init__()
         self.model = model
         self.bf16 = bf16
+        self.fp16 = fp16
         self.z_loss = z_loss
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -239,7 +240,8 @@ class LanguageModelLoss(nn.Module):
         """
         # A causal model would shift labels once more; `shift_labels` is transformers' name for those that are.
         targets = {"labels": input_ids} if labels is None else {"labels": labels, "shift_labels": labels}
-        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        dtype = torch.float16 if self.fp16 else torch.bfloat16
+        with torch.autocast(input_ids.device.type, dtype=dtype, enabled=self.bf16 or self.fp16):
             return self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -248,15 +250,6 @@ class LanguageModelLoss(nn.Module):
                 z_loss=self.z_loss,
                 use_cache=False,
             ).loss
-
-
-def wants_bf16(precision: str) -> bool:
-    """Whether to train in bf16 autocast; warns where it was asked for and will be slow."""
-    if precision == "auto":
-        return has_fast_bf16()
-    if precision == "bf16" and not has_fast_bf16():
-        logger.warning("precision is bf16, which this machine only emulates: fp32 would be faster")
-    return precision == "bf16"
 
 
 def wants_compile(arguments: PretrainArguments, parameters: int, device: str) -> bool:

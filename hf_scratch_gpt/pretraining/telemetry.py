@@ -75,7 +75,7 @@ class Telemetry:
 
 
 def make_telemetry(
-    model: Any, tokens_per_step: int, context_length: int, bf16: bool, processes: int, device: Any
+    model: Any, tokens_per_step: int, context_length: int, precision: str, processes: int, device: Any
 ) -> Telemetry:
     """Count the model's FLOPs and measure the device, which takes some tenths of a second.
 
@@ -83,7 +83,7 @@ def make_telemetry(
         model: The bare model, before anything shards it.
         tokens_per_step (`int`): Over all processes.
         context_length (`int`): Tokens of a window.
-        bf16 (`bool`): Whether its products run in bf16.
+        precision (`str`): Of its products: `"fp32"`, `"bf16"` or `"fp16"`.
         processes (`int`): Number of them.
         device: Of this process.
     """
@@ -91,5 +91,6 @@ def make_telemetry(
 
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     flops = training_flops(model.config, linear, context_length)
-    peak = peak_product_flops(device.type, torch.bfloat16 if bf16 else torch.float32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    peak = peak_product_flops(device.type, dtype)
     return Telemetry(tokens_per_step, flops, peak, processes, device)

@@ -14,6 +14,7 @@ from hf_scratch_gpt.reporting.ledger import Record
 from hf_scratch_gpt.reporting.lineage import last_part
 from hf_scratch_gpt.runs import write_text
 from hf_scratch_gpt.runs.arguments import read_recipe
+from hf_scratch_gpt.runs.files import yaml_text
 from hf_scratch_gpt.runs.values import check_recipe_values, nearest
 
 CARD_SETTINGS = "card.yaml"
@@ -77,10 +78,8 @@ class CardSettings:
 
     def save(self, folder: str | Path) -> Path:
         """Write `card.yaml` to `folder`, atomically."""
-        import yaml
-
         settings = {name: value for name, value in dataclasses.asdict(self).items() if value}
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
+        text = yaml_text(settings, width=1000)
         return write_text(
             Path(folder) / CARD_SETTINGS, f"# Declared, not measured: what README.md was made with\n{text}"
         )

@@ -99,6 +99,17 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
 
 
+def yaml_text(value: Any, **options: Any) -> str:
+    """YAML of plain values, keys in their order, that reads back as them; `options` as for `yaml.safe_dump`."""
+    import yaml
+
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    # PyYAML writes NEL and Unicode's separators as they are, and reads them as ends of lines.
+    if any(end in text for end in "\x85\u2028\u2029"):
+        return yaml.safe_dump(value, sort_keys=False, **options)
+    return text
+
+
 def remove_folder(folder: str | Path) -> None:
     """Remove a folder so that a kill half-way leaves it whole or gone: it is renamed before it is emptied."""
     shutil.rmtree(_move_aside(Path(os.path.abspath(folder))), ignore_errors=True)

@@ -30,7 +30,14 @@ from hf_scratch_gpt.runs.arguments import VOLATILE_FIELDS, given_settings
 from hf_scratch_gpt.runs.checkpoints import clear_traces, hash_file
 from hf_scratch_gpt.runs.energy import EnergyMeter, add_usage, energy_record
 from hf_scratch_gpt.runs.errors import is_full_disk, name_full_disk
-from hf_scratch_gpt.runs.files import read_json, remove_folder, remove_temporaries, write_json, write_text
+from hf_scratch_gpt.runs.files import (
+    read_json,
+    remove_folder,
+    remove_temporaries,
+    write_json,
+    write_text,
+    yaml_text,
+)
 from hf_scratch_gpt.runs.hardware import describe_environment, node_count, peak_rss_bytes, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -157,6 +164,7 @@ class StageRun:
         resumed (`bool`): An earlier try of the same settings was interrupted; `checkpoints` may hold its state.
         checkpoints (`Path`): Where the stage saves its `checkpoint-<step>` folders; removed by `finish`.
         outlasts_full_disk (`bool`): Set by a stage that goes on where the disk is full: `log` then only warns.
+        setup (`dict`, *optional*): Set by a stage that computes: how its process was set up, for `metrics.json`.
 
     Raises:
         ValueError: on entry, if another process writes this folder, or if it holds files that are not a run's.
@@ -167,6 +175,7 @@ class StageRun:
         self.folder = Path(arguments.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.finished = self.resumed = self.outlasts_full_disk = False
+        self.setup: dict[str, Any] | None = None
         self._home = Path(os.path.abspath(self.folder))  # has a name, and a parent for the lock, even for "."
         rank, self._world_size = rank_and_world_size()
         self.is_main = rank == 0
@@ -267,7 +276,8 @@ class StageRun:
         return True
 
     def _remove_traces_of_a_kill(self) -> None:
-        remove_temporaries(self._home.parent, f".{glob.escape(self._home.name)}.removed.tmp")
+        for name in (self._home.name, f"{self._home.name}.old"):
+            remove_temporaries(self._home.parent, f".{glob.escape(name)}.removed.tmp")
         is_ours = (self.folder / METRICS).is_file() or (self.folder / STATE).is_file()
         remove_temporaries(self.folder, ".*.tmp" if is_ours else f".{STATE}.*.tmp")
         if is_ours:
@@ -330,9 +340,7 @@ class StageRun:
         return {}
 
     def _write_recipe(self) -> None:
-        import yaml
-
-        text = yaml.safe_dump(given_settings(self.arguments), sort_keys=False, allow_unicode=True)
+        text = yaml_text(given_settings(self.arguments))
         write_text(self.folder / RECIPE, f"# scratch-gpt {self.stage} recipe.yaml makes this run again\n{text}")
 
     def _save_state(self) -> None:
@@ -427,6 +435,7 @@ class StageRun:
             "files": model_files(self.folder),
             "inputs": self._inputs,
             "environment": describe_environment(),
+            **({"setup": self.setup} if self.setup is not None else {}),
             "metrics": metrics,
         }
         write_json(self.folder / METRICS, report)

@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import functools
 import gc
+import math
 import os
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -59,17 +61,29 @@ def peak_product_flops(device_type: str, dtype: Any, seconds: float = 0.2) -> fl
     return 2 * size**3 / min(times)
 
 
-def has_fast_bf16() -> bool:
-    """Whether bf16 products are faster than fp32 here: a CUDA GPU with bf16, or a CPU with AVX-512 bf16 or AMX.
+def bf16_unit(device: str | None = None) -> str | None:
+    """What computes bf16 products faster than fp32 here: `"CUDA"`, `"AMX"` or `"AVX-512"`, or `None`.
 
     Elsewhere a CPU emulates bf16 and is many times slower than in fp32.
+
+    Args:
+        device (`str`, *optional*): Type of the device; by default the GPU if there is one, else the CPU.
     """
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        return "CUDA" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device not in (None, "cpu"):
+        return None
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if capabilities.get("amx_bf16"):
+        return "AMX"
+    return "AVX-512" if capabilities.get("avx512_bf16") else None
+
+
+def has_fast_bf16(device: str | None = None) -> bool:
+    """Whether `bf16_unit` finds one."""
+    return bf16_unit(device) is not None
 
 
 def keep_freed_memory() -> bool:
@@ -123,8 +137,51 @@ def node_count(world_size: int) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, but no more than a container's quota, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
+
+
+def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPU time that this process's control groups allow, in cores (1.5: three seconds every two), or `None`.
+
+    The smallest limit on the way from its group to the root counts, of both versions of control groups
+    (https://docs.kernel.org/admin-guide/cgroup-v2.html, `cpu.max`; https://docs.kernel.org/scheduler/sched-bwc.html).
+    `docker run --cpus 2` and Kubernetes' limits set it, and leave all of the machine's cores visible.
+
+    Args:
+        membership (`Path`): The process's groups.
+        root (`Path`): Where the groups are mounted.
+    """
+    try:
+        lines = membership.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root if not controllers else root / "cpu"
+        place = mount / group.lstrip("/")
+        # In a container the group may be named as the host sees it, and the root be what is mounted.
+        while place.is_relative_to(mount):
+            quotas.append(_quota_of(place))
+            place = place.parent
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (group / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def describe_environment() -> dict[str, Any]:

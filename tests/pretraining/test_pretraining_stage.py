@@ -159,7 +159,8 @@ def test_an_interrupted_time_budget_still_ends_decayed(make_arguments, monkeypat
     # Setting up again takes longer than what is left of the budget.
     original = setup.make_model
     monkeypatch.setattr(setup, "make_model", lambda *args: (time.sleep(4), original(*args))[1])
-    rates = [row["lr"] for row in read_curve(run(make_arguments(**arguments)))]
+    # A row may tell of an update that was left out instead.
+    rates = [row["lr"] for row in read_curve(run(make_arguments(**arguments))) if "lr" in row]
     assert len(rates) > 40
     assert rates[-1] < 0.1 * max(rates)
 

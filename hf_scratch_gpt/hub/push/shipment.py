@@ -9,7 +9,7 @@ from typing import Any
 from hf_scratch_gpt.hub.push.folder import CARD, Contents, LocalFile, read_folder
 from hf_scratch_gpt.hub.push.leaks import find_home_path, find_path_value, find_secret, shorten_paths
 from hf_scratch_gpt.hub.push.weights import OTHER_WEIGHTS, check_architecture, check_weights
-from hf_scratch_gpt.runs.files import read_json
+from hf_scratch_gpt.runs.files import read_json, yaml_text
 from hf_scratch_gpt.runs.folder import METRICS, RECIPE
 
 CONFIG = "config.json"
@@ -237,7 +237,7 @@ def _shorten(path: Path, content: bytes) -> tuple[bytes, str]:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML; write it anew") from error
         comments = [line for line in _decode(path, content).splitlines() if line.startswith("#")]
-        text = "\n".join([*comments, yaml.safe_dump(value, sort_keys=False, allow_unicode=True)])
+        text = "\n".join([*comments, yaml_text(value)])
     if not count:
         return content, ""
     return text.encode("utf-8"), f"{count} local path{'s' if count > 1 else ''} cut to the last part"
