@@ -6,7 +6,7 @@
 
 Equal parameters, equal batch; each row in a process of its own, several times in turn. tokens/s leaves out the first
 steps (warm-up, compiling) and is the median of the repeats. The share of the peak is model FLOPs (6 for each weight of
-a linear layer, the head included, and 12 x width x context a layer for attention, hf_scratch_gpt/pretraining/compute.py;
+a linear layer, head included, and 12 x width x context a layer for attention, hf_scratch_gpt/pretraining/compute.py;
 the same formula for all rows) over the bf16 product of matrices that was measured in the same process before and
 after, for rows in fp32 too. Memory is the process's peak. Ours is the stage `pretrain` itself; compiling is forced,
 because its own choice looks at the length of the run, and a benchmark's few steps would not pay for it.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pretrain_tables as tables
-from pretrain_runner import PYTHON_DOCS, Speed, prepare_corpus, run_row, work_folder
+from pretrain_runner import PYTHON_DOCS, Speed, parse_pairs, prepare_corpus, run_row, work_folder
 from pretrain_shapes import DEFAULTS, SHAPES
 from pretrain_watch import time_to
 
@@ -35,11 +35,6 @@ SPEED_ROWS = ("ours", "nanogpt-fp32", "nanogpt-bf16", "nanogpt-bf16-compile", "g
 EQUAL_TIME_ROWS = ("ours", "nanogpt-fp32", "nanogpt-bf16-compile", "modern-adamw", "modern-muon")
 REFERENCE = "nanogpt-fp32"
 LEARNING_RATES = {"nanogpt": 1e-3, "gpt2": 1e-3, "qwen3": 3e-3, "modern": 3e-3, "ours": 0.0}
-
-
-def parse_pairs(texts: list[str]) -> dict[str, str]:
-    """`name=value` texts as a mapping; a value may hold more equals signs."""
-    return dict(text.split("=", 1) for text in texts)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -20,11 +20,13 @@ from hf_scratch_gpt.runs import read_metrics
 def stage_flags(request: Request, folder: Path) -> list[str]:
     """The command line of the stage: the shape, the batch and the budget, the rest at its defaults.
 
-    The settings in `ours` win; its `model_overrides` are added to the shape's.
+    The settings in `ours` win; its `model_overrides` are added to the shape's, or to its `preset`'s if it names one.
     """
     given = dict(request.ours)
     overrides = ",".join(f"{name}={value}" for name, value in request.size.modern_fields.items())
-    if "model_overrides" in given:
+    if "preset" in given:  # whose shape it is
+        overrides = given.pop("model_overrides", "")
+    elif "model_overrides" in given:
         overrides += "," + given.pop("model_overrides")
     settings: dict[str, Any] = {
         "output_dir": folder,

@@ -43,7 +43,7 @@ class FullLogitsLoss(nn.Module):
 
 
 def train_plainly(request: Request, kind: str, bf16: bool, compiled: bool, muon: bool = False) -> dict[str, Any]:
-    """nanoGPT's training loop, over its own model or (`kind` `"modern"`) Qwen3's.
+    """nanoGPT's training loop, over its own model or (`kind` `"qwen3"` or `"modern"`) Qwen3's.
 
     The modern rows start with output projections of zero and keep freed memory; with `muon` their matrices are
     trained by `torch.optim.Muon`. A time budget makes the cosine follow the time.
@@ -53,7 +53,8 @@ def train_plainly(request: Request, kind: str, bf16: bool, compiled: bool, muon:
     torch.manual_seed(request.seed)
     if kind == "modern":
         keep_freed_memory()
-        bare = make_qwen3(request, zero_projections=True).to(request.device)
+    if kind in ("modern", "qwen3"):
+        bare = make_qwen3(request, zero_projections=kind == "modern").to(request.device)
         loss_module, measurable = FullLogitsLoss(bare), bare
     else:
         bare = loss_module = NanoGPT(request.size).to(request.device)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ PYTHON_DOCS = "python-docs"
 TINY_SHAKESPEARE = "tinyshakespeare"
 _DOCUMENT_CHARACTERS = 4000
 _TAIL_LINES = 15
+
+
+def parse_pairs(texts: list[str]) -> dict[str, str]:
+    """`name=value` texts as a mapping; a value may hold more equals signs."""
+    return dict(text.split("=", 1) for text in texts)
 
 
 def run_command(command: list[str], log: Path, **environment: str) -> None:
@@ -95,7 +101,7 @@ def run_row(request: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def work_folder(given: str | None):
+def work_folder(given: str | None) -> Iterator[Path]:
     """The folder given, created, or a temporary one."""
     if given:
         Path(given).mkdir(parents=True, exist_ok=True)

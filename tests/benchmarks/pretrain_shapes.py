@@ -14,6 +14,7 @@ class Shape:
         vocab_size (`int`): Rows of the embedding, which is tied to the output head.
         context_length (`int`): Tokens of a window.
         rounding (`int`, *optional*, defaults to `64`): The gated MLP's width is a multiple of it.
+        gated_size (`int`, *optional*, defaults to `0`): The gated MLP's width; 0 for that of equal parameters.
     """
 
     num_hidden_layers: int
@@ -23,6 +24,7 @@ class Shape:
     vocab_size: int
     context_length: int
     rounding: int = 64
+    gated_size: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -46,6 +48,8 @@ class Shape:
     @property
     def intermediate_size(self) -> int:
         """Width of the gated MLP with which the modern maths have the parameters of the classic ones, rounded."""
+        if self.gated_size:
+            return self.gated_size
         sizes = range(self.rounding, 8 * self.hidden_size, self.rounding)
         return min(sizes, key=lambda size: abs(self.modern_parameters(size) - self.classic_parameters))
 

@@ -75,3 +75,32 @@ def time_table(timed: dict[str, Any], seconds: float) -> str:
     header += [f"time to {other}'s" for other in baselines]
     notes = [f"{name}: no time to loss: {row['reason']}" for name, row in timed["rows"].items() if row["reason"]]
     return table([*header, "seconds to the target"], lines) + "".join(f"{note}\n" for note in notes)
+
+
+def gpu_table(rows: list[dict[str, Any]], data_sheet_tflops: float | None) -> str:
+    """Speed, MFU and memory of each row, and its speed over that of the baseline of its preset and context."""
+    lines = []
+    for row in rows:
+        place = (row["preset"], row["context_length"])
+        against = [other for other in rows if (other["preset"], other["context_length"]) == place]
+        rates = [other["tokens_per_second"] for other in against if other["name"] == "baseline"]
+        factor = f"{row['tokens_per_second'] / rates[0]:.2f}×" if rates else ""
+        sheet = (
+            row["tokens_per_second"] * row["flops_per_token"] / (data_sheet_tflops * 1e12) if data_sheet_tflops else 0
+        )
+        lines.append(
+            [
+                f"{place[0]}, {place[1]}, {row['name']}",
+                f"{row['parameters'] / 1e6:.0f}M",
+                f"{row['tokens_per_second']:,.0f}",
+                factor,
+                f"{row['share_of_peak']:.1%}",
+                f"{max(row['peak_flops']) / 1e12:,.0f}",
+                f"{sheet:.1%}" if sheet else "–",
+                f"{row['peak_rss_bytes'] / 2**30:.1f}",
+                f"{row['compile_seconds']:.0f}",
+            ]
+        )
+    header = ["preset, context, row", "parameters", "tokens/s", "over the baseline", "MFU, measured peak"]
+    header += ["measured TFLOP/s", "MFU, data sheet", "peak GiB", "compiling, s"]
+    return table(header, lines)

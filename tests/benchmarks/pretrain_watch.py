@@ -57,8 +57,7 @@ class Watch:
         """Evaluate, off the clock, and add the point to the curve."""
         assert self.evaluate is not None
         with self.paused():
-            now = self._last
-            self.curve.append((now, self.evaluate()))
+            self.curve.append((sum(self.step_seconds), self.evaluate()))
 
     def note_step(self) -> None:
         """A step is over; evaluates if a point is due."""
