@@ -90,7 +90,7 @@ class NanoGPT(nn.Module):
         logits = self.head(self.norm(hidden)[:, -logits_to_keep:])
         if targets is None:
             return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 class AsCausalModel(nn.Module):

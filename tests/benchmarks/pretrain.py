@@ -195,7 +195,7 @@ def compare(runs: dict[str, list[dict[str, Any]]], corpus: str, target: float | 
             ends = [result["curve"][-1] for result in theirs]
             times = [time_to(curve, end[1]) for curve, end in zip(curves, ends, strict=True)]
             if other.startswith("nanogpt") and None not in times:
-                shares = [seconds / end[0] for seconds, end in zip(times, ends, strict=True)]  # type: ignore[operator]
+                shares = [seconds / end[0] for seconds, end in zip(times, ends, strict=True)]
                 row["share_of_time"][other] = statistics.median(shares)
         row["seconds_to_loss"], row["reason"] = seconds_to_loss(runs, curves, target)
         rows[name] = row
@@ -214,7 +214,7 @@ def seconds_to_loss(
         missed = times.index(None)
         best = min(value for _, value in curves[missed])
         return None, f"seed {missed} came down to {best:.3f}, not to {targets[missed]:.3f} bits per byte in its time"
-    return statistics.median(times), None  # type: ignore[type-var]
+    return statistics.median(times), None
 
 
 def tokenizer_size(shape: str) -> int:

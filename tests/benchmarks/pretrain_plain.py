@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nanogpt_baseline import AsCausalModel, NanoGPT, RandomWindows, cosine_factor, make_adamw
 from pretrain_request import HeldOut, Request, describe, finish, modern_fields, peak_memory
@@ -39,7 +38,7 @@ class FullLogitsLoss(nn.Module):
     def forward(self, token_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """A scalar; both are of shape (batch, length)."""
         logits = self.model(input_ids=token_ids, use_cache=False).logits
-        return nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def train_plainly(request: Request, kind: str, bf16: bool, compiled: bool, muon: bool = False) -> dict[str, Any]:
@@ -87,18 +86,23 @@ def make_plain_optimizers(model: nn.Module, rate: float, muon: bool) -> list[tor
     return [matrices, make_adamw(rest, rate)]
 
 
+def read_windows(request: Request) -> RandomWindows:
+    """The training tokens in one file, as nanoGPT has them, and its batches of them."""
+    from hf_scratch_gpt.data.shards import TokenShards
+
+    shards = TokenShards(request.dataset_dir, "train")
+    tokens = shards.read(0, len(shards))
+    file = Path(request.work) / "train.bin"
+    tokens.tofile(file)
+    rows = request.batch_size // request.accumulation
+    return RandomWindows(file, tokens.dtype, request.size.context_length, rows, request.device)
+
+
 def run_plain_loop(
     request: Request, module: nn.Module, optimizers: list[torch.optim.Optimizer], bf16: bool, watch: Watch
 ) -> None:
     """Train `module`, whose call gives the mean loss of inputs and targets, until the watch says that it is over."""
-    from hf_scratch_gpt.data.shards import read_manifest
-
-    manifest = read_manifest(request.dataset_dir)
-    (shard,) = manifest["splits"]["train"]["shards"]  # the benchmark's corpora fit into one file
-    file = Path(request.dataset_dir) / "train" / shard["name"]
-    rows = request.batch_size // request.accumulation
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    windows = RandomWindows(file, dtype, request.size.context_length, rows, request.device)
+    windows = read_windows(request)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     parameters = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [parameter for group in parameters for parameter in group]

@@ -89,7 +89,7 @@ def test_random_windows_are_of_the_file_and_targets_are_one_on(tmp_path):
     assert len(inputs[:, 0].unique()) > 10
 
 
-@pytest.mark.parametrize("name", pretrain_shapes.SHAPES)
+@pytest.mark.parametrize("name", ["4m", "14m", "124m"])
 def test_rows_have_equal_parameters(name):
     shape = pretrain_shapes.SHAPES[name]
     with torch.device("meta"):
