@@ -13,7 +13,9 @@ because its own choice looks at the length of the run, and a benchmark's few ste
 
 Time to loss: each row trains for so many seconds (compiling counted, evaluation not) by its own schedule, and its
 held-out bits per byte are measured in between; the row's figure is when it first comes down to the target: to where
-nanogpt-fp32 ends, or --target_bits_per_byte. `--equal_time` is that alone, at 4M parameters.
+nanogpt-fp32 ends, or --target_bits_per_byte. `--equal_time` is that alone, at 4M parameters. A row's time to a
+baseline's figure, as a share of that baseline's time, is the median over seeds, on the documents of the curves; ours
+reads its curve off one run whose rate falls only at the end, so `--ours_budgets` shows what a shorter run reaches.
 
 All works without a network. BENCHMARKS.md has the figures.
 """
@@ -51,13 +53,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="steps before them that do not")
     parser.add_argument("--batch_size", type=int, help="windows of an optimizer step")
     parser.add_argument("--accumulation", type=int, help="parts that each batch is computed in")
+    parser.add_argument("--timed_batch_size", type=int, help="windows of a step where time to loss is measured")
     parser.add_argument("--time_to_loss", type=float, metavar="SECONDS", help="training time of each row; 0 for none")
     parser.add_argument("--equal_time", type=float, metavar="SECONDS", help="only that, at 4M parameters")
     parser.add_argument("--corpus", nargs="+", default=[PYTHON_DOCS], help="python-docs, tinyshakespeare, or a path")
     parser.add_argument("--seeds", type=int, default=1, help="of time to loss, counted from 0")
-    parser.add_argument("--interval", type=float, default=10.0, help="seconds between points of a curve")
-    parser.add_argument("--curve_bytes", type=int, default=50_000, help="held-out bytes that a curve is measured on")
-    parser.add_argument("--heldout_bytes", type=int, default=0, help="of the final figure; 0 for all")
+    parser.add_argument("--interval", type=float, help="seconds between points of a curve; a fifteenth of the time")
+    parser.add_argument("--curve_bytes", type=int, default=30_000, help="held-out bytes that a curve is measured on")
+    parser.add_argument("--heldout_bytes", type=int, help="of the final figure; 0, as with --equal_time, for all")
     parser.add_argument("--target_bits_per_byte", type=float, help="instead of where nanogpt-fp32 ends")
     parser.add_argument(
         "--ours_budgets", type=float, nargs="*", default=[], metavar="SECONDS", help="ours again with less time"
@@ -72,6 +75,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(DEFAULTS[options.shape]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.heldout_bytes is None:
+        options.heldout_bytes = 0 if options.equal_time else 200_000
     options.rows = options.rows or list(EQUAL_TIME_ROWS if options.equal_time else SPEED_ROWS)
     return options
 
@@ -134,14 +139,15 @@ def summarise(row: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def expected_steps(options: argparse.Namespace, row: str, dataset_dir: Path, work: Path, seconds: float) -> int:
-    """About how many steps a row takes in so many seconds; `Trainer`'s schedule has to know."""
+def expected_steps(options: argparse.Namespace, row: str, request: dict[str, Any], work: Path) -> int:
+    """About how many steps a row takes in the request's time; `Trainer`'s schedule has to know."""
     if not row.endswith("-trainer"):
         return 0
-    if row not in options.step_seconds:
-        result = run_row(make_request(options, row, dataset_dir, steps=3), work)
-        options.step_seconds[row] = statistics.median(result["step_seconds"][options.warmup :])
-    return max(1, int(seconds / options.step_seconds[row]))
+    if row not in options.rates:
+        result = run_row({**request, "seconds": 0, "steps": 3}, work)
+        options.rates[row] = Speed.of(result, options.warmup).tokens_per_second
+    tokens_per_step = request["batch_size"] * SHAPES[options.shape].context_length
+    return max(1, int(request["seconds"] * options.rates[row] / tokens_per_step))
 
 
 def run_timed(options: argparse.Namespace, corpus: str, seconds: float, work: Path) -> dict[str, Any]:
@@ -156,14 +162,15 @@ def run_timed(options: argparse.Namespace, corpus: str, seconds: float, work: Pa
                 options,
                 row,
                 dataset_dir,
+                batch_size=options.timed_batch_size,
                 seconds=budget,
                 seed=seed,
-                interval=options.interval,
+                interval=options.interval or seconds / 15,
                 curve_bytes=options.curve_bytes,
                 heldout_bytes=options.heldout_bytes,
-                expected_steps=expected_steps(options, row, dataset_dir, work, budget),
             )
-            result = run_row(request, work)
+            result = run_row({**request, "expected_steps": expected_steps(options, row, request, work)}, work)
+            result |= vars(Speed.of(result, options.warmup))
             runs[name].append(result)
             tokens = result["steps"] * result["tokens_per_step"]
             print(
@@ -188,6 +195,9 @@ def compare(runs: dict[str, list[dict[str, Any]]], corpus: str, target: float | 
         row: dict[str, Any] = {
             "bits_per_byte": [result["bits_per_byte"] for result in found],
             "tokens": [result["steps"] * result["tokens_per_step"] for result in found],
+            "tokens_per_second": statistics.median(result["tokens_per_second"] for result in found),
+            "share_of_peak": statistics.median(result["share_of_peak"] for result in found),
+            "chosen": found[0].get("chosen"),
             "curves": curves,
             "share_of_time": {},
         }
@@ -225,15 +235,14 @@ def tokenizer_size(shape: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write the JSON file."""
     options, begin = parse_options(arguments), time.monotonic()
-    options.step_seconds = {}
+    options.rates = {}
     found: dict[str, Any] = {"shape": options.shape, "rows": [], "time_to_loss": []}
     print(tables.describe(options, SHAPES[options.shape]), flush=True)
     with work_folder(options.work) as work:
         if not options.equal_time:
             dataset_dir = prepare_corpus(options.corpus[0], tokenizer_size(options.shape), work)
             found["rows"] = measure_speed(options, dataset_dir, work)
-            tokens = options.batch_size * SHAPES[options.shape].context_length
-            options.step_seconds |= {row["name"]: tokens / row["tokens_per_second"] for row in found["rows"]}
+            options.rates |= {row["name"]: row["tokens_per_second"] for row in found["rows"]}
             print(tables.speed_table(found["rows"]), flush=True)
         seconds = options.equal_time or options.time_to_loss
         for corpus in options.corpus if seconds else []:
@@ -250,11 +259,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fill_seconds_to_loss(found: dict[str, Any]) -> None:
-    """Put the first corpus's times into the rows; the runs of `--equal_time` become rows of their own."""
+    """Put the first corpus's times into the rows; the runs of `--equal_time` become rows of their own.
+
+    Those have no memory of training: their process evaluates too.
+    """
     for timed in found["time_to_loss"][:1]:
         if not found["rows"]:
-            empty = {"tokens_per_second": None, "share_of_peak": None, "peak_rss_bytes": None}
-            found["rows"] = [{"name": name, **empty} for name in timed["rows"]]
+            names = ("tokens_per_second", "share_of_peak")
+            found["rows"] = [
+                {"name": name, **{field: row[field] for field in names}, "peak_rss_bytes": None}
+                for name, row in timed["rows"].items()
+            ]
         for row in found["rows"]:
             row["seconds_to_loss"] = timed["rows"][row["name"]]["seconds_to_loss"]
 

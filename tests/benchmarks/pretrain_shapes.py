@@ -71,13 +71,17 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """How a shape is measured unless an option says otherwise; `steps` are those that count, after `warmup`."""
+    """How a shape is measured unless an option says otherwise; `steps` are those that count, after `warmup`.
+
+    Time to loss has a batch of its own: within minutes a CPU takes too few steps of the larger one to learn.
+    """
 
     batch_size: int
     accumulation: int
     steps: int
     warmup: int
     repeats: int
+    timed_batch_size: int
     time_to_loss: float
 
 
@@ -90,8 +94,8 @@ SHAPES = {
 
 # 14m: the batch of nanoGPT's config/train_shakespeare_char.py, whose model has this depth, width and context.
 DEFAULTS = {
-    "tiny": Defaults(4, 1, 3, 1, 1, 0.0),
-    "4m": Defaults(32, 1, 10, 2, 3, 0.0),
-    "14m": Defaults(64, 1, 6, 2, 3, 150.0),
-    "124m": Defaults(8, 2, 3, 1, 1, 0.0),
+    "tiny": Defaults(4, 1, 3, 1, 1, 4, 0.0),
+    "4m": Defaults(32, 1, 10, 2, 3, 32, 0.0),
+    "14m": Defaults(64, 1, 6, 2, 3, 16, 150.0),
+    "124m": Defaults(8, 2, 3, 1, 1, 8, 0.0),
 }

@@ -67,11 +67,12 @@ def time_table(timed: dict[str, Any], seconds: float) -> str:
                 " ".join(f"{value:.3f}" for value in row["bits_per_byte"]),
                 f"{statistics.mean(row['bits_per_byte']):.3f}",
                 f"{statistics.mean(row['tokens']) / 1e6:.2f}M",
+                f"{row['tokens_per_second']:,.0f}",
                 *shares,
                 f"{row['seconds_to_loss']:.0f}" if row["seconds_to_loss"] is not None else "–",
             ]
         )
-    header = [f"{timed['corpus']}, {seconds:g} s", "bits per byte, each seed", "mean", "tokens"]
+    header = [f"{timed['corpus']}, {seconds:g} s", "bits per byte, each seed", "mean", "tokens", "tokens/s"]
     header += [f"time to {other}'s" for other in baselines]
     notes = [f"{name}: no time to loss: {row['reason']}" for name, row in timed["rows"].items() if row["reason"]]
     return table([*header, "seconds to the target"], lines) + "".join(f"{note}\n" for note in notes)

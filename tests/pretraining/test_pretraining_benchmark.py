@@ -20,6 +20,7 @@ import pretrain_rows
 import pretrain_shapes
 import pretrain_watch
 
+SPEED = {"tokens_per_second": 1.0, "share_of_peak": 0.5}
 TINY = pretrain_shapes.Shape(2, 32, 2, 1, 300, 32, rounding=8)
 
 
@@ -114,7 +115,7 @@ def test_time_to_a_figure_is_read_off_the_line_between_two_points():
 
 
 def timed(curve, value):
-    return [{"curve": curve, "bits_per_byte": value, "steps": 1, "tokens_per_step": 1}]
+    return [{"curve": curve, "bits_per_byte": value, "steps": 1, "tokens_per_step": 1, **SPEED}]
 
 
 def test_rows_are_compared_with_the_baselines_own_end():
