@@ -125,8 +125,8 @@ class Speed:
 
     @classmethod
     def of(cls, result: dict[str, Any], warmup: int) -> "Speed":
-        """From the result of a row."""
-        counted = result["step_seconds"][warmup:]
+        """From the result of a row; of all its steps if its time was over before the warm-up was."""
+        counted = result["step_seconds"][warmup:] or result["step_seconds"]
         rate = len(counted) * result["tokens_per_step"] / sum(counted)
         # The better of before and after: the strictest peak to be held against.
         return cls(rate, rate * result["flops_per_token"] / max(result["peak_flops"]))
