@@ -23,7 +23,8 @@ def stage_flags(request: Request, folder: Path) -> list[str]:
     The settings in `ours` win; its `model_overrides` are added to the shape's, or to its `preset`'s if it names one.
     """
     given = dict(request.ours)
-    overrides = ",".join(f"{name}={value}" for name, value in request.size.modern_fields.items())
+    fields = {**request.size.modern_fields, "max_position_embeddings": request.size.context_length}
+    overrides = ",".join(f"{name}={value}" for name, value in fields.items())
     if "preset" in given:  # whose shape it is
         overrides = given.pop("model_overrides", "")
     elif "model_overrides" in given:
