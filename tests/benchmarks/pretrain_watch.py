@@ -78,8 +78,8 @@ class Watch:
     def finished(self) -> bool:
         """Whether another step would go beyond the budget."""
         if self.seconds:
-            recent = sorted(self.step_seconds[-5:])
-            return bool(recent) and self.elapsed() + recent[len(recent) // 2] > self.seconds
+            recent = sorted(self.step_seconds[1:][-5:])  # the first one may have compiled
+            return self.elapsed() + (recent[len(recent) // 2] if recent else 0.0) > self.seconds
         return len(self.step_seconds) >= self.steps
 
 

@@ -181,3 +181,16 @@ def test_the_gpu_benchmark_says_that_there_is_none(capsys):
 
     assert pretrain_gpu.main([]) == 1
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_first_step_that_compiles_does_not_end_a_timed_row(monkeypatch):
+    now = iter([0.0, 60.0, 60.0, 61.0, 98.5, 99.5, 99.5])
+    monkeypatch.setattr(pretrain_watch.time, "monotonic", lambda: next(now))
+    watch = pretrain_watch.Watch(seconds=100.0)
+    watch.start()
+    watch.note_step()
+    assert not watch.finished  # after 60 s of 100
+    watch.note_step()
+    assert not watch.finished  # a step takes 1 s and 1.5 s are left
+    watch.note_step()
+    assert watch.finished
