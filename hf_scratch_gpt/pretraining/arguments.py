@@ -119,6 +119,7 @@ class PretrainArguments(StageArguments):
     evaluation_bytes: int = _field(
         0, "Measure on at most so many bytes of held-out documents, drawn by the seed; 0 for all."
     )
+    evaluation_seed: int | None = _field(None, "Draw these documents by this seed; without, by 'seed'.")
 
     def check(self) -> None:
         """Raise `ValueError` for the first setting that is out of range."""

@@ -71,7 +71,8 @@ class _Pretraining:
         self.arguments, self.accelerator, self.dataset = arguments, accelerator, dataset
         self.run, self.started = run, started
         documents = [text for text in dataset.heldout if text]
-        self.documents = pick_texts(documents, arguments.evaluation_bytes, arguments.seed)
+        drawn_by = arguments.seed if arguments.evaluation_seed is None else arguments.evaluation_seed
+        self.documents = pick_texts(documents, arguments.evaluation_bytes, drawn_by)
         if not self.documents:
             logger.warning("%s: there is no held-out text, so nothing is measured on it", dataset.folder)
         self.objective = make_objective(arguments.objective, dataset)
