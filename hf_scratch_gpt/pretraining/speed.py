@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 
-_SECONDS = 1.0
+_SECONDS = 0.3
 _LEAST_STEPS = 3
 
 
@@ -24,7 +24,7 @@ class Speed:
 
 
 def measure_speed(arguments: PretrainArguments, dataset: Any) -> Speed:
-    """Time a few steps of the model of `arguments` on tokens drawn at random; takes a second or three steps."""
+    """Time a few steps of the model of `arguments` on tokens drawn at random; takes under a second, or three steps."""
     import torch
 
     from hf_scratch_gpt.pretraining import setup
