@@ -17,7 +17,7 @@ from typing import Any
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.runs import StageRun, StopRequest, given_settings
 from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
-from hf_scratch_gpt.runs.hardware import keep_freed_memory
+from hf_scratch_gpt.runs.hardware import keep_freed_memory, rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ def run(arguments: PretrainArguments) -> Path:
     started = time.monotonic()
     arguments.check()
     keep_freed_memory()
+    if arguments.tokens:
+        arguments = _choose_settings(arguments)
     from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
 
     accelerator = make_accelerator(arguments)
@@ -50,6 +52,16 @@ def run(arguments: PretrainArguments) -> Path:
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return run.folder
+
+
+def _choose_settings(arguments: PretrainArguments) -> PretrainArguments:
+    """Turn `tokens` into steps and all that follows, and say what was chosen."""
+    from hf_scratch_gpt.pretraining.dial import with_chosen_settings
+
+    chosen, lines = with_chosen_settings(arguments)
+    if rank_and_world_size()[0] == 0:
+        print("\n".join(f"pretrain: {line}" for line in lines), flush=True)
+    return chosen
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
