@@ -19,7 +19,7 @@ from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.pretraining.compute import TOKENS_A_PARAMETER
 from hf_scratch_gpt.pretraining.ladder import LadderShapes, Rung, evaluation_seed, short_size, steps_of
 from hf_scratch_gpt.runs import given_settings, read_json, read_metrics, write_json
-from hf_scratch_gpt.runs.folder import METRICS, describe_inputs
+from hf_scratch_gpt.runs.folder import describe_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -240,12 +240,12 @@ class Ladder:
     def predict(self, plan: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
         """Fit the law and write what it predicts of the check run (and of the target) to `prediction.json`.
 
-        If the check run is already trained, the record says whether this very prediction was written before it.
+        If the check run has begun, the record says whether this very prediction was written before that.
         """
         path = self.folder / PREDICTION
         told = make_prediction(plan, runs, self.request.target, self.nats_a_token)
         check = self.run_folder(plan["check"], plan["seeds"][0], "check-")
-        told["made_before_check"] = not (check / METRICS).is_file()
+        told["made_before_check"] = not check.exists()
         told["made_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if path.is_file():
             earlier = read_json(path)

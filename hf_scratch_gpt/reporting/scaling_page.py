@@ -1,6 +1,6 @@
 """Know a model's loss before you pay for it: train a ladder of small models, predict a larger one's loss, check it.
 
-    scratch-gpt scaling recipes/quickstart/pretrain.yaml --sizes 12k 28k 49k 110k --budget 15
+    scratch-gpt scaling recipes/quickstart/pretrain.yaml --sizes 49k 110k 200k 440k --budget 60
 
 RECIPE is a recipe of `pretrain`; further `--field value` change it. Every size is the recipe's model at another width,
 trained on the same number of tokens a parameter. The prediction is written to prediction.json before the check run
@@ -69,7 +69,7 @@ def prediction_text(prediction: dict[str, Any], path: Path) -> str:
     if target is not None:
         lines.append(_predicted("target", target))
     if not prediction["made_before_check"]:
-        lines.append("  note: the check run was already trained when this was predicted")
+        lines.append("  note: the check run had begun when this was predicted")
     return "\n".join([*lines, f"  written to {path}"])
 
 

@@ -50,7 +50,7 @@ def test_parameters_are_counted_by_hand(shapes):
 
 
 def test_the_nearest_rung_is_the_nearest_of_all_widths(shapes):
-    rungs = [shapes.rung(width) for width in range(8, 200, 8)]
+    rungs = [shapes.rung(width) for width in range(16, 200, 16)]
     for size in (100, 5_000, 17_000, 60_000, 200_000):
         distances = [max(rung.size("non-embedding") / size, size / rung.size("non-embedding")) for rung in rungs]
         assert shapes.nearest(size) == rungs[distances.index(min(distances))]
@@ -77,15 +77,15 @@ def test_the_recipes_own_width_is_trained_by_the_recipes_own_rates(shapes):
 
 
 def _request(make_arguments, tmp_path, **changes) -> LadderRequest:
-    return dataclasses.replace(LadderRequest(make_arguments(), tmp_path / "ladder", (2e3, 7e3, 16e3)), **changes)
+    return dataclasses.replace(LadderRequest(make_arguments(), tmp_path / "ladder", (4e3, 16e3, 34e3)), **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sizes": (2e3, 7e3)}, "names 2 sizes, expected at least 3"),
+        ({"sizes": (4e3, 16e3)}, "names 2 sizes, expected at least 3"),
         ({"sizes": (16e3, 16.1e3, 16.2e3)}, "make 1 different models"),
-        ({"target": 161e3}, "not trusted beyond 10 times"),
+        ({"target": 350e3}, "not trusted beyond 10 times"),
         ({"check_factor": 10.5}, "expected more than 1 and at most 10"),
         ({"check_factor": 1.0}, "expected more than 1"),
         ({"check_factor": 1.01}, "no larger model"),

@@ -55,7 +55,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def _command(recipe: Path, folder: Path, *flags: str) -> list[str]:
-    sizes = ["--sizes", "0.8k", "3.1k,7k", "--tokens-per-parameter", "1"]  # 8, 16 and 24 wide
+    sizes = ["--sizes", "3.1k", "12k,28k", "--tokens-per-parameter", "0.25"]  # 16, 32 and 48 wide
     return ["scaling", str(recipe), *sizes, *flags, "--output-dir", str(folder)]
 
 
@@ -98,7 +98,7 @@ def test_a_ladder_that_was_killed_goes_on_and_trains_no_model_twice(recipe, tmp_
     assert f"error of the prediction: {record['error']:+.2%}" in output
     assert len({run["seed"] for run in record["runs"]}) == 2
     ratios = [run["tokens"] / run["size"] for run in [*record["runs"], record["check"]]]
-    assert all(abs(ratio - 1) < 64 / 800 + 1e-9 for ratio in ratios)  # to half an optimizer step of the smallest
+    assert all(abs(ratio - 0.25) < 64 / 3100 for ratio in ratios)  # to half an optimizer step of the smallest
     page = (folder / "scaling.html").read_text(encoding="utf-8")
     assert page.count('class="dot after"') == 6 + 1  # the runs and the legend
     assert f"{100 * record['error']:+.2f}%" in page
@@ -119,13 +119,13 @@ def _changed_ladder_admits_that_its_prediction_came_late(recipe, folder, capsys)
     path.write_text(json.dumps(earlier), encoding="utf-8")
     assert cli.main(_command(recipe, folder)) == 0
     assert _read(path)["made_before_check"] is False
-    assert "already trained when this was predicted" in capsys.readouterr().out
+    assert "had begun when this was predicted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sizes", "1k", "2k"], "--sizes names 2 sizes"),
+        (["--sizes", "3k", "12k"], "--sizes names 2 sizes"),
         (["--target", "1M"], "a fit is not trusted beyond 10 times"),
         (["--check-factor", "11"], "--check-factor is 11"),
         (["--sizes", "tiny", "2k", "3k"], "'tiny' is not a number of parameters"),
