@@ -55,7 +55,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def _command(recipe: Path, folder: Path, *flags: str) -> list[str]:
-    sizes = ["--sizes", "3.1k", "12k,28k", "--tokens-per-parameter", "0.25"]  # 16, 32 and 48 wide
+    sizes = ["--sizes", "3.1k", "12k,28k", "--tokens-per-parameter", "0.1"]  # 16, 32 and 48 wide
     return ["scaling", str(recipe), *sizes, *flags, "--output-dir", str(folder)]
 
 
@@ -98,7 +98,7 @@ def test_a_ladder_that_was_killed_goes_on_and_trains_no_model_twice(recipe, tmp_
     assert f"error of the prediction: {record['error']:+.2%}" in output
     assert len({run["seed"] for run in record["runs"]}) == 2
     ratios = [run["tokens"] / run["size"] for run in [*record["runs"], record["check"]]]
-    assert all(abs(ratio - 0.25) < 64 / 3100 for ratio in ratios)  # to half an optimizer step of the smallest
+    assert all(abs(ratio - 0.1) < 64 / 3100 for ratio in ratios)  # to half an optimizer step of the smallest
     page = (folder / "scaling.html").read_text(encoding="utf-8")
     assert page.count('class="dot after"') == 6 + 1  # the runs and the legend
     assert f"{100 * record['error']:+.2f}%" in page
