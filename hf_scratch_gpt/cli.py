@@ -32,6 +32,11 @@ COMMANDS = {
     "export": ("hf_scratch_gpt.hub.conversion.exporting", "main", "write a model for other tools, checked"),
     "push": ("hf_scratch_gpt.hub.push.main", "main", "publish a model folder on the Hub, checked and resumable"),
     "plan": ("hf_scratch_gpt.pretraining.plan", "main", "say whether training fits, how, and how long it takes"),
+    "scaling": (
+        "hf_scratch_gpt.reporting.scaling_page",
+        "main",
+        "predict a larger model's loss from small ones, and check",
+    ),
     "card": ("hf_scratch_gpt.reporting.card", "main", "write a model's card from what its runs recorded"),
     "data-report": ("hf_scratch_gpt.reporting.data_report", "main", "write the page on what prepare removed and kept"),
     "doctor": ("hf_scratch_gpt.hub.doctor.main", "main", "check any model folder or Hub id, one line a check"),

@@ -25,6 +25,8 @@ class PretrainArguments(StageArguments):
 
     input_fields: ClassVar[tuple[str, ...]] = ("dataset_dir",)
     named_input_fields: ClassVar[tuple[str, ...]] = ("stream",)
+    # Names that a recipe or the command line states, the default's value or not; `parse_arguments` sets it.
+    stated: ClassVar[frozenset[str] | None] = None
 
     dataset_dir: str = _field("", "Folder of `scratch-gpt prepare`: token shards, tokenizer, held-out text.")
     objective: Literal["causal", "masked"] = _field(
@@ -79,12 +81,17 @@ class PretrainArguments(StageArguments):
         "How this run expects to be spread: none (one process), ddp (data-parallel), fsdp (FSDP2: weights, gradients "
         "and optimizer states in slices). Another launch is refused; auto takes what the launcher asks for.",
     )
-    max_steps: int = _field(0, "Train for so many optimizer steps; exactly one of max_steps and max_minutes.")
+    max_steps: int = _field(0, "Train for so many optimizer steps; exactly one of max_steps, max_minutes, tokens.")
     max_minutes: float = _field(
         0.0,
         "Train for so long. Bounds the whole stage: loading, compiling and the final evaluation are taken off, so "
         "that the stage ends about then; the schedule follows the time. After an interruption, training time counts "
         "on from the last checkpoint.",
+    )
+    tokens: str = _field(
+        "",
+        "Train on so many tokens (2000000, 2M, 1.5B); auto: as many as the model's size makes worth while, with a "
+        "batch, warm-up and learning rates that fit, where they are not given; see hf_scratch_gpt.pretraining.dial.",
     )
     optimizer: Literal["muon", "adamw"] = _field("muon", "muon (hidden matrices; AdamW for the rest) or adamw.")
     learning_rate: float = _field(3e-3, "AdamW's learning rate.")
@@ -141,6 +148,7 @@ class PretrainArguments(StageArguments):
     evaluation_bytes: int = _field(
         0, "Measure on at most so many bytes of held-out documents, drawn by the seed; 0 for all."
     )
+    evaluation_seed: int | None = _field(None, "Draw these documents by this seed; without, by 'seed'.")
 
     def check(self) -> None:
         """Raise `ValueError` for the first setting that is out of range."""
@@ -218,12 +226,20 @@ class PretrainArguments(StageArguments):
     def _check_budget(self) -> None:
         if self.max_steps < 0 or self.max_minutes < 0:
             raise ValueError("'max_steps' and 'max_minutes' must not be negative")
+        if self.tokens:
+            from hf_scratch_gpt.pretraining.dial import parse_tokens
+
+            parse_tokens(self.tokens)
+            if self.max_steps or self.max_minutes:
+                other = "max_steps" if self.max_steps else "max_minutes"
+                raise ValueError(f"both 'tokens' ({self.tokens}) and '{other}' are given; give one")
+            return
         if self.max_steps and self.max_minutes:
             raise ValueError(
                 f"both 'max_steps' ({self.max_steps}) and 'max_minutes' ({self.max_minutes}) are given; give one"
             )
         if not self.max_steps and not self.max_minutes:
-            raise ValueError("neither 'max_steps' nor 'max_minutes' is given; give one")
+            raise ValueError("neither 'max_steps' nor 'max_minutes' is given; give one, or 'tokens'")
 
 
 def parse_overrides(overrides: ModelOverrides) -> dict[str, Any]:

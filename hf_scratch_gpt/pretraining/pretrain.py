@@ -18,6 +18,7 @@ from typing import Any
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.runs import StageRun, StopRequest, given_settings
 from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
+from hf_scratch_gpt.runs.hardware import rank_and_world_size
 from hf_scratch_gpt.runs.process import set_up_process, tell_setup
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ def run(arguments: PretrainArguments) -> Path:
     """
     started = time.monotonic()
     arguments.check()
+    if arguments.tokens:
+        arguments = _choose_settings(arguments)
     from hf_scratch_gpt.pretraining.setup import load_dataset, make_accelerator
 
     accelerator = make_accelerator(arguments)
@@ -51,6 +54,16 @@ def run(arguments: PretrainArguments) -> Path:
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return run.folder
+
+
+def _choose_settings(arguments: PretrainArguments) -> PretrainArguments:
+    """Turn `tokens` into steps and all that follows, and say what was chosen."""
+    from hf_scratch_gpt.pretraining.dial import with_chosen_settings
+
+    chosen, lines = with_chosen_settings(arguments)
+    if rank_and_world_size()[0] == 0:
+        print("\n".join(f"pretrain: {line}" for line in lines), flush=True)
+    return chosen
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +85,8 @@ class _Pretraining:
         self.arguments, self.accelerator, self.dataset = arguments, accelerator, dataset
         self.run, self.started = run, started
         documents = [text for text in dataset.heldout if text]
-        self.documents = pick_texts(documents, arguments.evaluation_bytes, arguments.seed)
+        drawn_by = arguments.seed if arguments.evaluation_seed is None else arguments.evaluation_seed
+        self.documents = pick_texts(documents, arguments.evaluation_bytes, drawn_by)
         if not self.documents:
             logger.warning("%s: there is no held-out text, so nothing is measured on it", dataset.folder)
         self.objective = make_objective(arguments.objective, dataset)

@@ -209,6 +209,8 @@ def parse_arguments(argument_class: type[T], arguments: Sequence[str], program: 
         for name, value in parser.namespace.items()
         if name in known and name not in SECRET_FIELDS and value != defaults[name]
     }
+    if hasattr(argument_class, "stated"):  # unlike `given`, with what is stated to be the default's value
+        parsed.stated = frozenset([*recipe, *(name.removeprefix("no_") for name in given)])
     if not parsed.output_dir:
         raise ValueError("'output_dir' is missing: name the folder that this stage writes")
     return parsed
