@@ -61,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(dtype)
         # Without gradients at all, `needs_input_grad` still says what the inputs would take.
         wants_hidden, wants_weight = (wants_grad and needed for needed in ctx.needs_input_grad[:2])
+        needed = wants_hidden or wants_weight
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         loss = hidden_states.new_zeros((), dtype=torch.float32)
         grads = []
@@ -69,16 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets.split(chunk_rows(rows, vocabulary)),
             strict=True,
         ):
-            options = (z_loss, softcap, wants_hidden or wants_weight)
+            # The product is named nowhere here, so that it is freed as soon as the chunk has it in fp32.
             if torch.compiler.is_compiling():
-                part, grad_logits = _chunk(chunk @ matrix.T, target, *options)
+                part, grad_logits = _chunk(chunk @ matrix.T, target, z_loss, softcap, needed)
             else:
-                part, grad_logits = _eager_chunk(chunk @ matrix.T, target, *options, statistics)
+                part, grad_logits = _eager_chunk(chunk @ matrix.T, target, z_loss, softcap, needed, statistics)
             loss = loss + part
             if wants_hidden:
                 grads.append(grad_logits @ matrix)
             if wants_weight:
                 grad_weight += grad_logits.T @ chunk
+            del grad_logits
         ctx.save_for_backward(torch.cat(grads).to(hidden_states.dtype) if wants_hidden else None, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -99,7 +101,7 @@ def _scale(gradient, factor):
 
 
 def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bool):
-    """The summed loss of a chunk's logits, (tokens, vocabulary), and its gradient in their dtype."""
+    """The summed loss of a chunk's logits, (tokens, vocabulary), and its gradient in their dtype; for a compiler."""
     dtype, valid = logits.dtype, targets != IGNORED
     logits = logits.float()
     if softcap is not None:
@@ -111,12 +113,10 @@ def _chunk(logits, targets, z_loss: float, softcap: float | None, wants_grad: bo
     loss = torch.where(valid, z_loss * log_z.square() - log_probability, 0.0).sum()
     if not wants_grad:
         return loss, None
-    # In place: uncompiled, a new tensor of this size costs as much as what is computed in it.
-    grad = log_probabilities.exp_().mul_(torch.where(valid, 1 + 2 * z_loss * log_z, 0.0)[:, None])
-    grad.scatter_add_(-1, index, -valid.float()[:, None])
+    grad = log_probabilities.exp() * torch.where(valid, 1 + 2 * z_loss * log_z, 0.0)[:, None]
+    grad = grad.scatter_add(-1, index, -valid.float()[:, None])
     if softcap is not None:
-        grad.mul_(1 - (logits / softcap).square())
-    del logits  # before the copy is made
+        grad = grad * (1 - (logits / softcap).square())
     return loss, grad.to(dtype)
 
 
@@ -146,6 +146,7 @@ def _eager_chunk(
     grad.scatter_(-1, index, grad.gather(-1, index) - valid[:, None].float())
     if softcap is not None:
         grad.mul_(1 - (logits / softcap).square())
+    del logits  # before the copy is made
     return loss, grad.to(dtype)
 
 

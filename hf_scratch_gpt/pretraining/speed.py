@@ -29,10 +29,13 @@ def measure_speed(arguments: PretrainArguments, dataset: Any) -> Speed:
 
     from hf_scratch_gpt.pretraining import setup
     from hf_scratch_gpt.pretraining.optimizers import make_optimizers
+    from hf_scratch_gpt.runs.process import choose_precision
 
     device = setup.make_accelerator(arguments).device
     model = setup.make_model(arguments, dataset).to(device)
-    loss_module = setup.LanguageModelLoss(model, setup.wants_bf16(arguments.precision), arguments.z_loss)
+    setup.use_fast_attention(model, device.type)
+    precision, _ = choose_precision(arguments.precision, device.type)
+    loss_module = setup.LanguageModelLoss(model, precision == "bf16", arguments.z_loss, precision == "fp16")
     optimizers = make_optimizers(model, arguments.optimizer)
     rows = arguments.batch_size // arguments.gradient_accumulation_steps
     shape = (rows, arguments.context_length)

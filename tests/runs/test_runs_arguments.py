@@ -4,13 +4,13 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import pytest
-import yaml
 from hypothesis import given as given_example
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from hf_scratch_gpt.runs import StageArguments, given_settings, parse_arguments
 from hf_scratch_gpt.runs.arguments import read_recipe
+from hf_scratch_gpt.runs.files import yaml_text
 
 
 @dataclasses.dataclass
@@ -152,7 +152,7 @@ plain_text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), ma
 def test_a_recorded_recipe_makes_the_same_settings_again(tmp_path_factory, **values):
     first = ToyArguments(output_dir="out", **values)
     path = tmp_path_factory.getbasetemp() / "again.yaml"
-    path.write_text(yaml.safe_dump(given_settings(first), allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml_text(given_settings(first)), encoding="utf-8")
     again = parse_arguments(ToyArguments, [str(path)])
     assert {**vars(again), "given": None} == {**vars(first), "given": None}
     assert given_settings(again) == given_settings(first)
