@@ -66,7 +66,8 @@ def _attend(q, k, v, hidden, weights, output) -> None:
     for (start, end), block in zip(_blocks(tokens), _cut(weights, tokens), strict=True):
         torch.bmm(q[:, start:end], k[:, :end].mT, out=block)
         if ahead is None:
-            block.masked_fill_(hidden[:, start:end, :end], -math.inf)
+            # Not minus infinity: of a query that may look nowhere (padding on the left) that would make NaN.
+            block.masked_fill_(hidden[:, start:end, :end], torch.finfo(block.dtype).min)
         else:
             block[:, :, start:].add_(ahead[: end - start, : end - start])
         torch.softmax(block, -1, out=block)

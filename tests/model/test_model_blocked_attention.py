@@ -55,6 +55,16 @@ def test_the_operator_keeps_torchs_rules():
     torch.library.opcheck(blocked_attention.blocked_attention, (*inputs, mask))
 
 
+def test_a_query_that_may_look_nowhere_spoils_nothing():
+    query, key, value = draw(1, 2, 6, 4)
+    mask = torch.ones(6, 6).tril().bool()[None, None].clone()
+    mask[..., :2] = False  # padding on the left
+    output, _ = blocked_attention.blocked_attention(query, key, value, mask)
+    gradients = torch.autograd.grad(output[:, :, 2:].sum(), (query, key, value))
+    assert all(tensor.isfinite().all() for tensor in (output, *gradients))
+    assert not gradients[2][:, :, :2].any()
+
+
 def test_half_of_the_weights_are_not_even_computed():
     assert weights_kept(1024) == 256 * (256 + 512 + 768 + 1024)  # 62% of the square
     assert weights_kept(100) == 100 * 100
