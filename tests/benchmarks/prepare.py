@@ -83,10 +83,10 @@ def watch(process: subprocess.Popen) -> dict[str, float]:
 
 
 def digest(folder: Path) -> str:
-    """Of all that a reader of the folder looks at."""
+    """Of all that a stage reads; the report is a page that names its folder."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("metrics.json", "recipe.yaml"):
+        if path.is_file() and path.name not in ("metrics.json", "recipe.yaml", "data_report.html"):
             found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -105,11 +105,11 @@ def train_ours(request: Request) -> dict[str, Any]:
         raise RuntimeError(f"scratch-gpt pretrain ended with {status}")
     memory = peak_memory(request.device)
     metrics = read_metrics(folder)["metrics"]
-    tokens_per_step = request.batch_size * request.size.context_length
+    tokens_per_step = int(request.ours.get("batch_size", request.batch_size)) * request.size.context_length
     watch.step_seconds = _step_seconds(folder, tokens_per_step)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(request.device)
     result = {**describe(model, request.size), **finish(request, watch, False), "peak_rss_bytes": memory}
-    result |= {"steps": metrics["steps"], "compile_seconds": metrics["compile_seconds"]}
+    result |= {"tokens_per_step": tokens_per_step, "steps": metrics["steps"], "compile_seconds": metrics["compile_seconds"]}
     chosen = ("precision", "compiled", "optimizer")
     result["chosen"] = {name: metrics[name] for name in chosen if name in metrics}
     if heldout is None:
