@@ -109,7 +109,11 @@ def train_ours(request: Request) -> dict[str, Any]:
     watch.step_seconds = _step_seconds(folder, tokens_per_step)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(request.device)
     result = {**describe(model, request.size), **finish(request, watch, False), "peak_rss_bytes": memory}
-    result |= {"tokens_per_step": tokens_per_step, "steps": metrics["steps"], "compile_seconds": metrics["compile_seconds"]}
+    result |= {
+        "tokens_per_step": tokens_per_step,
+        "steps": metrics["steps"],
+        "compile_seconds": metrics["compile_seconds"],
+    }
     chosen = ("precision", "compiled", "optimizer")
     result["chosen"] = {name: metrics[name] for name in chosen if name in metrics}
     if heldout is None:
