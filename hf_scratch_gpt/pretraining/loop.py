@@ -128,6 +128,8 @@ class PretrainingLoop:
                 self._interrupt(reason)
             self._evaluate_if_due()
             if due:
+                # A failure of the last one that came since `_agree` would be lost in the next one's success.
+                self._finish_checkpoint(must_succeed=False)
                 self._checkpoint()
 
     def _interrupt(self, reason: str) -> None:

@@ -272,6 +272,31 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def test_a_failure_that_comes_while_the_next_save_is_due_is_not_lost_in_its_success(
+    make_arguments, tmp_path, monkeypatch, capsys, small_files
+):
+    """The write of checkpoint-6 fails only once training, at step 9, waits for it."""
+    changes = {"max_steps": 12, "checkpoint_steps": 3, "checkpoint_seconds": 0.0}
+    recipe = write_recipe(tmp_path / "recipe.yaml", make_arguments(**changes), **changes)
+    waited = threading.Event()
+
+    def fail_late(number):
+        if number == 2:
+            waited.wait(60)
+            small_files(100_000)
+
+    def wait(self):
+        if getattr(self, "number", 0) == 2:
+            waited.set()
+        CheckpointWriter.wait(self)
+
+    with monkeypatch.context() as patch:
+        around_saves(patch, before=fail_late, after=lambda number: small_files(resource.RLIM_INFINITY))
+        patch.setattr(Around, "wait", wait, raising=False)
+        assert cli.main(["pretrain", recipe]) == 2
+    assert "the last good one is checkpoint-3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     make_arguments, tmp_path, small_disk, monkeypatch, capsys, caplog, policy
