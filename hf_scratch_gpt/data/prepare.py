@@ -32,9 +32,10 @@ from hf_scratch_gpt.data.processing import ProcessorSettings
 from hf_scratch_gpt.data.shards import SPLITS, TokenShards, separator_id, token_dtype, tokenizer_fingerprint
 from hf_scratch_gpt.data.sources import KNOWN_TERMS, PYTHON_DOCS
 from hf_scratch_gpt.data.tokenised import HELDOUT, TokenisedFolder
-from hf_scratch_gpt.data.workers import available_cores, process_chunks
+from hf_scratch_gpt.data.workers import process_chunks
 from hf_scratch_gpt.runs import StageRun, read_metrics, write_json
 from hf_scratch_gpt.runs.folder import fingerprint
+from hf_scratch_gpt.runs.hardware import usable_cores
 from hf_scratch_gpt.runs.loading import loading
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def _tokenise(arguments: PrepareArguments, tokenizer: Any, folder: TokenisedFold
     read_bytes = 0
     with progress_bar("prepare", None, done) as bar:  # type: ignore[arg-type]  # a stream has no known length
         bar.unit = "document"
-        for chunk, position in process_chunks(chunks, settings, arguments.num_workers or available_cores()):
+        for chunk, position in process_chunks(chunks, settings, arguments.num_workers or usable_cores()):
             folder.add(chunk, position)
             read_bytes += int(chunk.sizes.sum())
             bar.update(folder.documents.total() - bar.n)

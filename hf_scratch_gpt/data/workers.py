@@ -24,11 +24,6 @@ _WAITING_PER_WORKER = 2  # chunks that are read ahead: they bound the memory
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _serve(connection: Any, settings: ProcessorSettings) -> None:
     """The life of a worker: chunks in, results or errors out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
