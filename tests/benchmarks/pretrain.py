@@ -34,9 +34,9 @@ from pretrain_shapes import DEFAULTS, SHAPES
 from pretrain_watch import time_to
 
 SPEED_ROWS = ("ours", "nanogpt-fp32", "nanogpt-bf16", "nanogpt-bf16-compile", "gpt2-trainer", "qwen3-trainer")
-EQUAL_TIME_ROWS = ("ours", "nanogpt-fp32", "nanogpt-bf16-compile", "modern-adamw", "modern-muon")
+EQUAL_TIME_ROWS = ("ours", "nanogpt-fp32", "nanogpt-bf16-compile", "nanochat", "modern-adamw", "modern-muon")
 REFERENCE = "nanogpt-fp32"
-LEARNING_RATES = {"nanogpt": 1e-3, "gpt2": 1e-3, "qwen3": 3e-3, "modern": 3e-3, "ours": 0.0}
+LEARNING_RATES = {"nanogpt": 1e-3, "gpt2": 1e-3, "qwen3": 3e-3, "modern": 3e-3, "nanochat": 0.0, "ours": 0.0}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

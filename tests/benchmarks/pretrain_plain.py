@@ -1,8 +1,9 @@
-"""The rows trained by nanoGPT's loop: its own model, and Qwen3's maths with AdamW or torch's Muon."""
+"""The rows trained by nanoGPT's loop: its own model, nanochat's, and Qwen3's maths with AdamW or torch's Muon."""
 
 from pathlib import Path
 from typing import Any
 
+import nanochat_baseline
 import torch
 from nanogpt_baseline import AsCausalModel, NanoGPT, RandomWindows, cosine_factor, make_adamw
 from pretrain_request import HeldOut, Request, describe, finish, modern_fields, peak_memory
@@ -42,7 +43,7 @@ class FullLogitsLoss(nn.Module):
 
 
 def train_plainly(request: Request, kind: str, bf16: bool, compiled: bool, muon: bool = False) -> dict[str, Any]:
-    """nanoGPT's training loop, over its own model or (`kind` `"qwen3"` or `"modern"`) Qwen3's.
+    """nanoGPT's training loop, over its own model, nanochat's or (`kind` `"qwen3"` or `"modern"`) Qwen3's.
 
     The modern rows start with output projections of zero and keep freed memory; with `muon` their matrices are
     trained by `torch.optim.Muon`. A time budget makes the cosine follow the time.
@@ -55,16 +56,22 @@ def train_plainly(request: Request, kind: str, bf16: bool, compiled: bool, muon:
     if kind in ("modern", "qwen3"):
         bare = make_qwen3(request, zero_projections=kind == "modern").to(request.device)
         loss_module, measurable = FullLogitsLoss(bare), bare
+    elif kind == "nanochat":
+        bare = loss_module = nanochat_baseline.NanoChat(request.size).to(request.device)
+        measurable = nanochat_baseline.AsCausalModel(bare)
     else:
         bare = loss_module = NanoGPT(request.size).to(request.device)
         measurable = AsCausalModel(bare)
-    optimizers = make_plain_optimizers(bare, request.learning_rate, muon)
+    if kind == "nanochat":
+        optimizers = nanochat_baseline.make_optimizers(bare)
+    else:
+        optimizers = make_plain_optimizers(bare, request.learning_rate, muon)
     described = describe(bare, request.size)
     heldout = HeldOut(request) if request.seconds else None
     evaluate = (lambda: heldout.measure(measurable, heldout.some)) if heldout else None
     watch = Watch(request.total_steps, request.seconds, request.interval, evaluate)
     module = torch.compile(loss_module) if compiled else loss_module
-    run_plain_loop(request, module, optimizers, bf16, watch)
+    run_plain_loop(request, module, optimizers, bf16, watch, is_nanochat=kind == "nanochat")
     memory = peak_memory(request.device)
     result = {**described, **finish(request, watch, compiled), "peak_rss_bytes": memory}
     if heldout is not None:
@@ -99,9 +106,17 @@ def read_windows(request: Request) -> RandomWindows:
 
 
 def run_plain_loop(
-    request: Request, module: nn.Module, optimizers: list[torch.optim.Optimizer], bf16: bool, watch: Watch
+    request: Request,
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    bf16: bool,
+    watch: Watch,
+    is_nanochat: bool = False,
 ) -> None:
-    """Train `module`, whose call gives the mean loss of inputs and targets, until the watch says that it is over."""
+    """Train `module`, whose call gives the mean loss of inputs and targets, until the watch says that it is over.
+
+    nanochat has a schedule of its own, also for the momentum of its Muon, which comes first of the optimizers.
+    """
     windows = read_windows(request)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     parameters = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -109,7 +124,11 @@ def run_plain_loop(
     watch.start()
     batch = windows.next()
     while not watch.finished:
-        factor = cosine_factor(len(watch.step_seconds), watch.progress, request.lr_warmup)
+        step = len(watch.step_seconds)
+        factor = cosine_factor(step, watch.progress, request.lr_warmup)
+        if is_nanochat:
+            factor = nanochat_baseline.rate_factor(watch.progress)
+            optimizers[0].param_groups[0]["momentum"] = nanochat_baseline.muon_momentum(step)
         for optimizer, full in zip(optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, full, strict=True):
                 group["lr"] = rate * factor

@@ -51,6 +51,7 @@ ROWS: dict[str, Callable[[Request], dict[str, Any]]] = {
     "gpt2-trainer": _trainer("gpt2"),
     "qwen3-trainer": _trainer("qwen3"),
     "qwen3-bf16-compile": lambda request: train_plainly(request, "qwen3", bf16=True, compiled=True),
+    "nanochat": lambda request: train_plainly(request, "nanochat", bf16=True, compiled=True),
     "modern-adamw": lambda request: train_plainly(request, "modern", bf16=True, compiled=True),
     "modern-muon": lambda request: train_plainly(request, "modern", bf16=True, compiled=True, muon=True),
 }

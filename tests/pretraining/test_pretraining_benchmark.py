@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import nanochat_baseline
 import nanogpt_baseline
 import pretrain
 import pretrain_ours
@@ -78,6 +79,34 @@ def test_cosine_by_hand():
     assert nanogpt_baseline.cosine_factor(0, 0.0, 9) == pytest.approx(0.1)
     assert nanogpt_baseline.cosine_factor(9, 0.5, 9) == pytest.approx(0.55)
     assert nanogpt_baseline.cosine_factor(99, 1.0, 9) == pytest.approx(0.1)
+
+
+def test_nanochat_starts_as_it_says_sees_nothing_ahead_and_trains_every_parameter():
+    torch.manual_seed(0)
+    shape = pretrain_shapes.SHAPES["4m"]
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in nanochat_baseline.NanoChat(shape).parameters())
+    assert parameters == pytest.approx(7.3e6, rel=0.1)  # with its value embeddings
+    model = nanochat_baseline.NanoChat(TINY)
+    assert [block.value_embedding is not None for block in model.blocks] == [False, True]
+    ids = torch.randint(TINY.vocab_size, (3, 17))
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(np.log(TINY.vocab_size), abs=0.01)
+    optimizers = nanochat_baseline.make_optimizers(model)
+    held = [parameter for part in optimizers for group in part.param_groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    for parameter in model.parameters():  # so that output projections and gates count
+        parameter.data.normal_(std=0.3)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in held)
+    changed = ids.clone()
+    changed[:, 9:] = (ids[:, 9:] + 1) % TINY.vocab_size
+    torch.testing.assert_close(model(changed)[:, :9], model(ids)[:, :9], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(changed)[:, 9:], model(ids)[:, 9:], atol=1e-2)
+
+
+def test_nanochats_schedule_by_hand():
+    assert [nanochat_baseline.rate_factor(progress) for progress in (0.0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0]
+    assert [nanochat_baseline.muon_momentum(step) for step in (0, 150, 600)] == pytest.approx([0.85, 0.9, 0.95])
 
 
 def test_random_windows_are_of_the_file_and_targets_are_one_on(tmp_path):
