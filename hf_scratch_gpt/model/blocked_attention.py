@@ -108,13 +108,28 @@ def blocked_attention(
     inputs = [tensor.reshape(batch * heads, tokens, -1) for tensor in (query, key, value)]
     output = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
     weights = query.new_empty(batch * heads, weights_kept(tokens))
-    hidden = None if mask is None else mask[:, 0].logical_not().expand(batch, tokens, tokens)
+    seen = None if mask is None else mask[:, 0].expand(batch, tokens, tokens)
+    plain = None if seen is None else _only_causal(seen)
     sequences = torch.arange(batch).repeat_interleave(heads)
     for rows in _row_groups(batch * heads):
         q, k, v = (tensor[rows] for tensor in inputs)
-        part = None if hidden is None else hidden[sequences[rows]]
-        _attend(q, k, v, part, weights[rows], output[rows])
+        members = sequences[rows]
+        hidden = None
+        if seen is not None and plain is not None and not plain[members].all():
+            hidden = seen[members].logical_not()
+        _attend(q, k, v, hidden, weights[rows], output[rows])
     return output.view(query.shape), weights
+
+
+def _only_causal(seen: torch.Tensor) -> torch.Tensor:
+    """Which masks of (batch, tokens, tokens) hide only what lies ahead, (batch,).
+
+    Few windows hold the start of a document, and for the others a mask costs a tenth of the layer's time.
+    """
+    causal = torch.ones(seen.shape[1:], dtype=torch.bool).tril()
+    if seen.shape[-1] % 8 == 0 and seen.is_contiguous():  # eight at a time
+        seen, causal = seen.view(torch.int64), causal.view(torch.int64)
+    return (seen == causal).flatten(1).all(1)
 
 
 @blocked_attention.register_fake

@@ -105,20 +105,32 @@ class _Pretraining:
 
     def run_all(self) -> dict[str, Any]:
         from hf_scratch_gpt.pretraining.averaging import find_average
+        from hf_scratch_gpt.pretraining.setup import cpu_training_of
+        from hf_scratch_gpt.pretraining.sharding import save_model
+
+        self._restore()
+        if self.state.untrained is None:
+            self.state.untrained = self._evaluate()
+        with cpu_training_of(self.model, self.accelerator.device.type, self.bf16, self.sharded):
+            self._train()
+        average = find_average(self.optimizers)
+        if average is not None:
+            average.write_into_model()
+        trained = self._evaluate()
+        save_model(self.model, self.run.folder, self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self.dataset.tokenizer.save_pretrained(self.run.folder)
+        return self._metrics(trained)
+
+    def _train(self) -> None:
         from hf_scratch_gpt.pretraining.distributed import prepare_module
         from hf_scratch_gpt.pretraining.loop import PretrainingLoop
-        from hf_scratch_gpt.pretraining.sharding import save_model
         from hf_scratch_gpt.pretraining.telemetry import make_telemetry
 
-        arguments = self.arguments
-        self._restore()
-        state = self.state
-        if state.untrained is None:
-            state.untrained = self._evaluate()
+        arguments, state, accelerator = self.arguments, self.state, self.accelerator
         if not state.done:
             state.compiled = self._compile()
         tell_setup(self.run, dataclasses.replace(self.setup, compiled=state.compiled))
-        accelerator = self.accelerator
         sizes = (arguments.batch_size * arguments.context_length, arguments.context_length)
         self.telemetry = make_telemetry(
             self.model, *sizes, self.setup.precision, accelerator.num_processes, accelerator.device
@@ -129,7 +141,7 @@ class _Pretraining:
             self.started = time.monotonic()
         loop = PretrainingLoop(
             arguments,
-            self.accelerator,
+            accelerator,
             self.run,
             module,
             self.model,
@@ -145,14 +157,6 @@ class _Pretraining:
         )
         with StopRequest() as stop:
             loop.train(stop)
-        average = find_average(self.optimizers)
-        if average is not None:
-            average.write_into_model()
-        trained = self._evaluate()
-        save_model(self.model, self.run.folder, self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self.dataset.tokenizer.save_pretrained(self.run.folder)
-        return self._metrics(trained)
 
     def _restore(self) -> None:
         from accelerate.utils import broadcast_object_list

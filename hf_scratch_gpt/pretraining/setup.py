@@ -1,5 +1,6 @@
 """Everything that a pretraining run needs before its first step: launcher, data, model, precision, compilation."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -195,6 +196,15 @@ def use_fast_attention(model: Any, device: str) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
+def cpu_training_of(model: Any, device: str, bf16: bool, sharded: bool) -> contextlib.AbstractContextManager[None]:
+    """On a CPU in bf16, the model's faster ways to train for as long as it is entered; elsewhere nothing."""
+    if device != "cpu" or not bf16 or sharded:  # a sharded weight's gradient has to meet FSDP's own hooks
+        return contextlib.nullcontext()
+    from hf_scratch_gpt.model.cpu_training import cpu_training
+
+    return cpu_training(model)
+
+
 def zero_output_projections(model: nn.Module) -> None:
     """Set the last matrix of each attention and feed-forward block to zero, so that a layer starts as the identity.
 
@@ -244,12 +254,25 @@ class LanguageModelLoss(nn.Module):
         with torch.autocast(input_ids.device.type, dtype=dtype, enabled=self.bf16 or self.fp16):
             return self.model(
                 input_ids=input_ids,
+                attention_mask=self._masks(position_ids),
                 position_ids=position_ids,
                 **targets,
                 skip_logits=True,
                 z_loss=self.z_loss,
                 use_cache=False,
             ).loss
+
+    def _masks(self, position_ids: Tensor | None) -> dict[str, Tensor] | None:
+        """The mask of packed documents for attention in blocks, made once; elsewhere the model makes its own."""
+        from hf_scratch_gpt.model.blocked_attention import IMPLEMENTATION
+        from hf_scratch_gpt.model.cpu_training import document_mask
+
+        config = self.model.config
+        if position_ids is None or config._attn_implementation != IMPLEMENTATION or not config.is_causal:
+            return None
+        if set(config.layer_types) != {"full_attention"}:
+            return None
+        return {"full_attention": document_mask(position_ids)}
 
 
 def wants_compile(arguments: PretrainArguments, parameters: int, device: str) -> bool:

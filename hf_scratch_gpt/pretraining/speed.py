@@ -54,10 +54,9 @@ def measure_speed(arguments: PretrainArguments, dataset: Any) -> Speed:
             model(input_ids=input_ids, use_cache=False)
 
     tokens = input_ids.numel()
-    return Speed(
-        training=tokens * arguments.gradient_accumulation_steps / _seconds(train, device),
-        measuring=tokens / _seconds(measure, device),
-    )
+    with setup.cpu_training_of(model, device.type, precision == "bf16", sharded=False):
+        training = tokens * arguments.gradient_accumulation_steps / _seconds(train, device)
+    return Speed(training, measuring=tokens / _seconds(measure, device))
 
 
 def _seconds(work: Any, device: Any) -> float:
