@@ -97,7 +97,7 @@ def test_generation_from_embeddings_is_generation_from_their_tokens(model):
 
 @pytest.mark.parametrize("kind", ["modern", "gpt2"])
 def test_continuous_batching_gives_what_each_prompt_gives_alone(model_factory, kind):
-    """Prompts of different lengths share one paged cache and one packed forward pass, longer than the context of 64."""
+    """Prompts of different lengths share one paged cache and one packed pass, longer than the 64 positions."""
     model = model_factory(kind)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 51, 27)]
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
