@@ -57,7 +57,8 @@ def cache_argument(model: Any) -> str:
         ValueError: if it takes none.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper passes all on
-    parameters: Mapping[str, inspect.Parameter] = inspect.signature(inner.forward).parameters
+    # Of the class: a hook that replaces an instance's own `forward` may hide what that names.
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(type(inner).forward).parameters
     for name in (CACHE_NAME, OLD_NAME, NEW_NAME):
         if name in parameters:
             return name

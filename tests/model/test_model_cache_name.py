@@ -106,14 +106,16 @@ def test_a_model_that_knows_one_name_alone_is_given_that(name):
     assert cache_argument(Model()) == name
 
 
-def test_the_argument_is_found_in_transformers_own_model_in_ours_and_inside_an_adapter(model_factory):
+def test_the_argument_is_found_in_any_model_inside_an_adapter_and_under_a_hook(model_factory):
     from peft import LoraConfig, get_peft_model
 
     sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
     ours = model_factory()
     adapted = get_peft_model(model_factory(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for model in (llama, ours, adapted.eval()):
+    hooked, plain = model_factory(), ours.forward
+    hooked.forward = lambda *arguments, **inputs: plain(*arguments, **inputs)
+    for model in (llama, ours, adapted.eval(), hooked):
         assert cache_argument(model) == CACHE_NAME
         with torch.no_grad():
             past = cache_of(model(input_ids=IDS[:, :7], use_cache=True))
