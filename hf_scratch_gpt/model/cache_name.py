@@ -21,7 +21,7 @@ _RENAMED = NEW_NAME in {field.name for field in dataclasses.fields(BaseModelOutp
 CACHE_NAME = NEW_NAME if _RENAMED else OLD_NAME
 
 
-def given_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
+def given_cache(cache: Cache | None, past_key_values: Cache | None, others: dict[str, Any]) -> Cache | None:
     """The cache that `forward` was given, under either name.
 
     Args:
@@ -45,7 +45,7 @@ def given_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any
     return cache
 
 
-def is_paged(cache: Any, others: dict[str, Any]) -> bool:
+def is_paged(cache: Cache | None, others: dict[str, Any]) -> bool:
     """Whether a row holds many requests with one paged cache (continuous batching); takes what `given_cache` left."""
     return isinstance(others.get(NEW_NAME, cache), PagedAttentionCache)
 

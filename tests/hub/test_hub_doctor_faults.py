@@ -30,6 +30,14 @@ CODE_FAULTS = {
         },
         {"cache-chunks"},
     ),
+    "cache heard under the name alone that generate() does not use": (
+        {
+            "cache = given_cache(cache, past_key_values, kwargs)": (
+                "cache = past_key_values if CACHE_NAME == 'cache' else cache"
+            )
+        },
+        {"cache-steps", "cache-chunks", "generate-greedy"},
+    ),
     "kwargs dropped before the layers": (
         {
             "**{CACHE_NAME: cache},\n                **kwargs,\n            )\n        hidden_states = self.norm": (
