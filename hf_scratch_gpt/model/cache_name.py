@@ -34,7 +34,11 @@ def given_cache(cache: Cache | None, past_key_values: Cache | None, others: dict
         ValueError: if a cache was given under both names or under a third one.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("`cache` and `past_key_values` are two names of one argument, and both were given; drop one")
+        # Also from `generate` with the other name than its own, beside which it makes a cache under its own.
+        raise ValueError(
+            f"`{NEW_NAME}` and `{OLD_NAME}` are two names of one argument, and both were given; "
+            f"give `{CACHE_NAME}` alone, as transformers calls it here"
+        )
     for name, value in others.items():
         if isinstance(value, Cache):
             raise ValueError(f"`{name}` is a key-value cache, expected as `{CACHE_NAME}`; rename the argument")

@@ -58,7 +58,7 @@ def test_a_cache_under_a_third_name_is_an_error_and_never_ignored(head_class, na
 
 @pytest.mark.parametrize("head_class", HEADS[:2])
 def test_a_cache_under_both_names_is_an_error(head_class):
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match=f"two names of one argument, and both were given; give `{CACHE_NAME}` alone"):
         make_head(head_class)(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
