@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
+from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
 
 
@@ -115,6 +116,7 @@ class _Batch:
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         self.alive = torch.arange(len(rows), device=device)
         self.cache: Any = None
+        self.cache_argument = cache_argument(model)
 
     def next_logits(self) -> torch.Tensor:
         """Logits (alive rows x vocabulary) of the next token, in fp32, with suppressed tokens at minus infinity."""
@@ -122,11 +124,11 @@ class _Batch:
             input_ids=self.input_ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_argument: self.cache},
         )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         logits = output.logits[:, -1].float()
         logits[:, self.suppressed] = -torch.inf
         return logits

@@ -92,7 +92,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     """
 
     model_type = "scratch_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # No annotation, so no field: a loader looks it up on the class, and every instance has its own filled copy.
     auto_map = dict[str, str]()
 

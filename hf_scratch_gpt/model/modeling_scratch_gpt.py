@@ -43,6 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_name import CACHE_NAME, given_cache, is_paged
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .linear_cross_entropy import linear_cross_entropy
 from .packed_linear import packed_linear_layers
@@ -189,9 +190,10 @@ class ScratchGPTAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # By the name that transformers uses: before 5.24 what is called `cache` here is the attention function's own.
+        cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
@@ -200,8 +202,8 @@ class ScratchGPTAttention(nn.Module):
         if position_embeddings is not None:
             cos, sin = position_embeddings
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:  # a paged one changes `kwargs`, for the attention function
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -260,15 +262,12 @@ class ScratchGPTDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
         if self.norm_first:
             hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(
-            hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        hidden_states, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, **kwargs)
         hidden_states = residual + self.dropout(hidden_states)
         if not self.norm_first:
             hidden_states = self.input_layernorm(hidden_states)
@@ -305,7 +304,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScratchGPTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -351,44 +350,46 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states of `input_ids`, (batch, tokens), or of `inputs_embeds`, (batch, tokens, hidden_size).
 
         `attention_mask` (batch, past and present tokens) is 0 at padding; `position_ids` (batch, tokens) start again
-        at 0 with each packed document.
+        at 0 with each packed document. `past_key_values` is another name of `cache`, whichever of the two the
+        installed transformers calls it; the output has the latter's.
 
         Raises:
             ValueError: if both inputs are given or neither, or if there are more tokens than learned positions in a
-                row that is no packed one.
+                row that is no packed one, or if a cache is given twice or under a third name.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        cache = given_cache(cache, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        many_requests = is_paged(cache, kwargs)
         # CODEPATH: the masked language model keeps no cache.
-        if not self.config.is_causal:
-            if past_key_values is not None:
-                raise ValueError(
-                    "`past_key_values` were given, but a bidirectional model has no cache; leave them out"
-                )
+        if not self.config.is_causal and not many_requests:  # which bring a mask, and then call it not causal
+            if cache is not None:
+                raise ValueError("a cache was given, but a bidirectional model has none; leave it out")
             use_cache = False
-        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
-        # Several documents in a row may be longer than the table of positions: vLLM's batches are.
-        is_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, cache)
+        # Several documents in a row may be longer than the table of positions: a server's batches are.
+        is_packed = many_requests or (position_ids is not None and attention_mask is None and cache is None)
         if position_ids is None:
-            position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            position_ids = self._position_ids(inputs_embeds, attention_mask, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states, position_embeddings = inputs_embeds, None
         # In a pipeline (https://arxiv.org/abs/1811.06965) only the stage that has the first layer adds positions.
         if self.embed_positions is not None and not isinstance(self.layers[0], nn.Identity):
             if not is_packed:
-                self._check_length(inputs_embeds, past_key_values)
+                self._check_length(inputs_embeds, cache)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -398,17 +399,16 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[self.layer_types[index]],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        kept = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **kept)
 
-    def _attention_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+    def _attention_masks(self, inputs_embeds, attention_mask, position_ids, cache) -> dict:
         """A mask for each kind of layer in use; `generate` may have prepared them already.
 
         Only what the caller gave is passed on: `position_ids` made here are never packed, and a cache made here is
@@ -425,8 +425,8 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
             for layer_type in dict.fromkeys(self.layer_types)
         }
@@ -451,16 +451,16 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
         return masks
 
     @staticmethod
-    def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+    def _position_ids(inputs_embeds, attention_mask, cache) -> torch.Tensor:
         """Positions from 0, (batch or 1, tokens), counted from the first token that is not padding."""
         length = inputs_embeds.shape[1]
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        start = cache.get_seq_length() if cache is not None else 0
         return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
 
-    def _check_length(self, inputs_embeds, past_key_values) -> None:
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def _check_length(self, inputs_embeds, cache) -> None:
+        past = cache.get_seq_length() if cache is not None else 0
         if isinstance(past, int) and past + inputs_embeds.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{past + inputs_embeds.shape[1]} tokens are more than the {self.config.max_position_embeddings} "
@@ -500,13 +500,14 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         z_loss: float = 0.0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (batch, tokens, vocab_size), and with `labels` (-100 is left out) the mean loss in nats a token.
@@ -518,9 +519,10 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            past_key_values=past_key_values,
             **kwargs,
         )
         if skip_logits and labels is not None:
@@ -539,9 +541,9 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def generate(self, *args, **kwargs):

@@ -1,7 +1,7 @@
 """Saved folders load by `trust_remote_code` on the oldest and the newest transformers that we declare.
 
     python tests/conformance/versions.py               # the lower bound of pyproject.toml, and what pip finds newest
-    python tests/conformance/versions.py 5.22.0 5.20.0 # these
+    python tests/conformance/versions.py 5.23.0 5.24.0 # these: on either side of the cache's new name
 
 Makes a virtual environment for each, in a temporary folder, with torch, transformers, tokenizers and safetensors and
 without this package; writes the folders here; and runs there, offline, what tests/model/test_model_loading.py runs.

@@ -13,6 +13,7 @@ from transformers.exporters.base import ExportedModel
 from hf_scratch_gpt.hub.conversion import onnx_file
 from hf_scratch_gpt.hub.conversion.onnx_file import FILE_NAME, write_onnx
 from hf_scratch_gpt.hub.conversion.onnx_runtime import OnnxModel, compare_with_onnxruntime
+from hf_scratch_gpt.model.cache_name import CACHE_NAME
 
 NEW = 64
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -92,7 +93,7 @@ def test_transformers_loads_the_folder_back(export):
     empty = torch.zeros(2, config.num_key_value_heads, 0, config.head_dim)
     for layer in range(config.num_hidden_layers):
         cache.update(empty, empty.clone(), layer)
-    outputs = loaded(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    outputs = loaded(input_ids=ids, attention_mask=mask, **{CACHE_NAME: cache})
     with torch.no_grad():
         expected = export.model(input_ids=ids, attention_mask=mask).logits
     assert torch.allclose(outputs.logits[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)

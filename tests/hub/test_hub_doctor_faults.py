@@ -16,24 +16,32 @@ MASKS = "        masks = self._attention_masks("
 # What is wrong, where the code is changed and to what, the checks that must fail, and fields of the config.
 CODE_FAULTS = {
     "position ids ignored": (
-        {ROTATION: "self.rotary_emb(hidden_states, self._position_ids(inputs_embeds, None, past_key_values))"},
+        {ROTATION: "self.rotary_emb(hidden_states, self._position_ids(inputs_embeds, None, cache))"},
         {"position-ids"},
     ),
     "past_seen_tokens ignored": (
-        {"start = past_key_values.get_seq_length() if past_key_values is not None else 0": "start = 0"},
+        {"start = cache.get_seq_length() if cache is not None else 0": "start = 0"},
         {"cache-steps", "cache-chunks"},
     ),
     "second chunk blind to the first": (
         {
-            MASKS: "        if inputs_embeds.shape[1] > 1 and past_key_values is not None:\n"
-            "            past_key_values = DynamicCache(config=self.config)\n" + MASKS
+            MASKS: "        if inputs_embeds.shape[1] > 1 and cache is not None:\n"
+            "            cache = DynamicCache(config=self.config)\n" + MASKS
         },
         {"cache-chunks"},
     ),
+    "cache heard under the name alone that generate() does not use": (
+        {
+            "cache = given_cache(cache, past_key_values, kwargs)": (
+                "cache = past_key_values if CACHE_NAME == 'cache' else cache"
+            )
+        },
+        {"cache-steps", "cache-chunks", "generate-greedy"},
+    ),
     "kwargs dropped before the layers": (
         {
-            "use_cache=use_cache,\n                **kwargs,\n            )\n        hidden_states = self.norm": (
-                "use_cache=use_cache,\n            )\n        hidden_states = self.norm"
+            "**{CACHE_NAME: cache},\n                **kwargs,\n            )\n        hidden_states = self.norm": (
+                "**{CACHE_NAME: cache},\n            )\n        hidden_states = self.norm"
             )
         },
         {"attention-kwargs"},
@@ -56,7 +64,7 @@ CODE_FAULTS = {
     "packed documents leaking": (
         {
             MASKS: "        if attention_mask is None:\n"
-            "            past = past_key_values.get_seq_length() if past_key_values is not None else 0\n"
+            "            past = cache.get_seq_length() if cache is not None else 0\n"
             "            shape = (inputs_embeds.shape[0], past + inputs_embeds.shape[1])\n"
             "            attention_mask = torch.ones(shape, dtype=torch.long)\n" + MASKS
         },
@@ -64,10 +72,10 @@ CODE_FAULTS = {
     ),
     "padding attended to": (
         {
-            "                attention_mask=attention_mask,\n                past_key_values=past_key_values,\n"
-            "                position_ids=position_ids,\n            )\n            for": (
-                "                attention_mask=None,\n                past_key_values=past_key_values,\n"
-                "                position_ids=None,\n            )\n            for"
+            "                attention_mask=attention_mask,\n                position_ids=position_ids,\n"
+            "                **{CACHE_NAME: cache},\n            )\n            for": (
+                "                attention_mask=None,\n                position_ids=None,\n"
+                "                **{CACHE_NAME: cache},\n            )\n            for"
             )
         },
         {"left-padding", "packed-documents"},

@@ -9,6 +9,7 @@ from hf_scratch_gpt.model import (
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
 )
+from hf_scratch_gpt.model.cache_name import CACHE_NAME
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -34,11 +35,11 @@ def test_decoding_with_the_cache_equals_one_pass(model):
     input_ids = random_ids(2, 20)
     with torch.no_grad():
         whole = model(input_ids, use_cache=False)
-        assert whole.past_key_values is None
+        assert CACHE_NAME not in whole
         output = model(input_ids[:, :7], use_cache=True)
         steps = [output.logits]
         for position in range(7, 20):
-            output = model(input_ids[:, position : position + 1], past_key_values=output.past_key_values)
+            output = model(input_ids[:, position : position + 1], cache=output[CACHE_NAME])
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole.logits, **TOLERANCE)
 
@@ -191,9 +192,9 @@ def test_longer_than_the_learned_positions_is_refused_with_both_lengths(model_fa
     model = model_factory("gpt2")
     with pytest.raises(ValueError, match="65 tokens are more than the 64 learned positions"):
         model(random_ids(1, 65))
-    past = model(random_ids(1, 64), use_cache=True).past_key_values
+    past = model(random_ids(1, 64), use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="65 tokens are more than the 64 learned positions"):
-        model(random_ids(1, 1), past_key_values=past)
+        model(random_ids(1, 1), cache=past)
 
 
 def test_a_packed_row_may_be_longer_than_the_learned_positions(model_factory):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, QuantizedCache
 
+from hf_scratch_gpt.model.cache_name import CACHE_NAME
+
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
@@ -33,7 +35,7 @@ def test_quantised_cache_decodes_what_an_exact_cache_nearly_does(model_factory):
     prompt = random_ids(2, 6)
     settings = {"return_dict_in_generate": True, "output_logits": True, "cache_implementation": "quantized"}
     output = model.generate(prompt, cache_config={"backend": "fp8"}, **settings, **GREEDY)
-    assert isinstance(output.past_key_values, QuantizedCache)
+    assert isinstance(output[CACHE_NAME], QuantizedCache)
     with torch.no_grad():
         exact = model(output.sequences[:, :-1]).logits[:, 5:]
     error = (torch.stack(output.logits, dim=1) - exact).abs().max()
@@ -95,11 +97,11 @@ def test_generation_from_embeddings_is_generation_from_their_tokens(model):
 
 @pytest.mark.parametrize("kind", ["modern", "gpt2"])
 def test_continuous_batching_gives_what_each_prompt_gives_alone(model_factory, kind):
-    """Prompts of different lengths share one paged cache and one packed forward pass."""
+    """Prompts of different lengths share one paged cache and one packed pass, longer than the 64 positions."""
     model = model_factory(kind)
-    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 11, 7)]
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 51, 27)]
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(page_size=8, num_blocks=32, max_batch_tokens=64)
+    small = ContinuousBatchingConfig(page_size=8, num_blocks=32, max_batch_tokens=96)
     outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
     for prompt, output in zip(prompts, outputs.values(), strict=True):
         assert output.prompt_ids == prompt

@@ -78,7 +78,13 @@ def test_folder_works_in_a_process_without_the_package(model_factory, tokenizer,
 def test_every_head_carries_the_code_and_the_whole_auto_map(model_factory, tmp_path):
     model_factory().save_pretrained(tmp_path)
     written = {path.name for path in tmp_path.glob("*.py")}
-    parts = ("configuration_scratch_gpt", "linear_cross_entropy", "modeling_scratch_gpt", "packed_linear")
+    parts = (
+        "cache_name",
+        "configuration_scratch_gpt",
+        "linear_cross_entropy",
+        "modeling_scratch_gpt",
+        "packed_linear",
+    )
     assert written == {f"{part}.py" for part in parts}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map.pop("AutoConfig") == "configuration_scratch_gpt.ScratchGPTConfig"

@@ -1,5 +1,7 @@
 """The bidirectional relative: sees both ways, nothing across documents or padding, shares weights with the rest."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 import hf_scratch_gpt.model.modeling_scratch_gpt as modeling
 from hf_scratch_gpt.model import ScratchGPTConfig, ScratchGPTForMaskedLM, ScratchGPTTokenizer, encode_text
+from hf_scratch_gpt.model.cache_name import CACHE_NAME
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -134,9 +137,10 @@ def test_trainer_gives_the_same_gradient_whole_and_accumulated(masked_factory, t
 def test_there_is_no_cache(masked):
     assert not masked.can_generate()
     trunk = masked.model(random_ids(1, 5), use_cache=True)
-    assert trunk.past_key_values is None
-    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        masked.model(random_ids(1, 5), past_key_values=modeling.DynamicCache())
+    assert CACHE_NAME not in trunk
+    for call, name in itertools.product((masked, masked.model), ("cache", "past_key_values")):
+        with pytest.raises(ValueError, match="a bidirectional model has none"):
+            call(random_ids(1, 5), **{name: modeling.DynamicCache()})
 
 
 def test_the_head_is_tied_and_a_class_does_not_change_anothers_config(model_factory):

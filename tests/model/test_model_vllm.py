@@ -155,8 +155,8 @@ MODEL, CONFIG = "modeling_scratch_gpt.py", "configuration_scratch_gpt.py"
 FAULTS = {
     "keyword arguments that stop at the layers": (
         "modern",
-        (MODEL, "use_cache=use_cache,\n                **kwargs,\n            )\n        hidden_states = self.norm",
-         "use_cache=use_cache,\n            )\n        hidden_states = self.norm"),
+        (MODEL, "**{CACHE_NAME: cache},\n                **kwargs,\n            )\n        hidden_states = self.norm",
+         "**{CACHE_NAME: cache},\n            )\n        hidden_states = self.norm"),
         (TypeError, "'NoneType' object is not subscriptable"),
     ),
     "rows no longer than the learned positions": (

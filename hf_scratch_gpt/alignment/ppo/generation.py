@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_scratch_gpt.alignment.ppo.models import keeps_logits
+from hf_scratch_gpt.model.cache_name import cache_argument
 
 # Finite, so that p·log p of a suppressed token is 0 and not NaN.
 SUPPRESSED_LOGIT = -1e9
@@ -78,6 +79,7 @@ def sample_responses(
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], dim=1)
     positions = position_ids_of(attention)
     cache = DynamicCache(config=model.config)
+    cached = {cache_argument(model): cache, "use_cache": True}
     keep_last = {"logits_to_keep": 1} if keeps_logits(model) else {}
     inputs, step_positions = prompt_ids, positions[:, :prompt_length]
     for step in range(max_new_tokens):
@@ -85,8 +87,7 @@ def sample_responses(
             input_ids=inputs,
             attention_mask=attention[rows, : prompt_length + step],
             position_ids=step_positions,
-            past_key_values=cache,
-            use_cache=True,
+            **cached,
             **keep_last,
         ).logits[:, -1]
         tokens = _draw(suppress(logits, suppressed_ids), uniforms[rows, step], temperature)

@@ -101,15 +101,17 @@ def observe(model: Any, probe: Probe) -> Observed:
 
 def _continue(model: Any, prompt: Any, count: int) -> tuple[list[int], list[float]]:
     """Greedy decoding with the cache, and without any of `generate`'s settings, which a checkpoint may bring."""
-    ids, cache = prompt, None
+    from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
+
+    ids, cache, argument = prompt, None, cache_argument(model)
     greedy: list[int] = []
     leads: list[float] = []
     for _ in range(count):
-        output = model(ids, past_key_values=cache, use_cache=True)
+        output = model(ids, use_cache=True, **{argument: cache})
         best = output.logits[0, -1].float().topk(2)
         greedy.append(int(best.indices[0]))
         leads.append(float(best.values[0] - best.values[1]))
-        ids, cache = best.indices[:1][None], output.past_key_values
+        ids, cache = best.indices[:1][None], cache_of(output)
     return greedy, leads
 
 

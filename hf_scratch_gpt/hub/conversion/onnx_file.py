@@ -87,6 +87,8 @@ def _export(model: Any) -> Any:
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+    from hf_scratch_gpt.model.cache_name import CACHE_NAME
+
     config = model.config
     rows, past_tokens, tokens = (torch.export.Dim(name) for name in ("rows", "past_tokens", "tokens"))
     # Without the config all layers keep their whole past, and the mask alone draws the window: that traces.
@@ -99,13 +101,13 @@ def _export(model: Any) -> Any:
     inputs = {
         "input_ids": torch.zeros(_ROWS, _TOKENS, dtype=torch.long),
         "attention_mask": mask,
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "use_cache": True,
     }
     shapes = {
         "input_ids": {0: rows, 1: tokens},
         "attention_mask": {0: rows, 1: torch.export.Dim.AUTO},
-        "past_key_values": [{0: rows, 2: past_tokens}] * (2 * config.num_hidden_layers),
+        CACHE_NAME: [{0: rows, 2: past_tokens}] * (2 * config.num_hidden_layers),
     }
     exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     _forget_sources(exported.program)

@@ -24,7 +24,9 @@ class OnnxModel:
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = [value for value in self._session.get_inputs() if "past_key_values" in value.name]
+        # All but the tokens: the cache, which transformers names `past_key_values` or, from 5.24 on, `cache`.
+        plain = ("input_ids", "attention_mask")
+        self._inputs = [value for value in self._session.get_inputs() if value.name not in plain]
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def empty_cache(self, rows: int) -> list[np.ndarray]:

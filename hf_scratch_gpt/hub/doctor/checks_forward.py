@@ -5,6 +5,7 @@ from torch import nn
 
 from hf_scratch_gpt.hub.doctor.outcome import TOLERANCE, Checks, Finding, Skipped, all_of, compare
 from hf_scratch_gpt.hub.doctor.subject import LEAST_INFLUENCE, Subject
+from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 
 CHECKS = Checks()
 
@@ -35,15 +36,15 @@ def eval_deterministic(subject: Subject) -> Finding:
 
 def _in_chunks(subject: Subject, sizes: list[int]) -> torch.Tensor:
     """Logits of `ids` read in chunks through the model's own cache."""
-    if not subject.takes("past_key_values"):
-        raise Skipped("forward() takes no past_key_values")
+    try:
+        argument = cache_argument(subject.model)
+    except ValueError as error:
+        raise Skipped("forward() takes no cache") from error
     pieces, cache = [], None
     with torch.no_grad():
         for chunk in subject.ids.split(sizes, dim=1):
-            output = subject.model(chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            if cache is None:
-                raise RuntimeError("use_cache=True gives no past_key_values")
+            output = subject.model(chunk, use_cache=True, **{argument: cache})
+            cache = cache_of(output)
             pieces.append(output.logits.float())
     return torch.cat(pieces, dim=1)
 
@@ -51,7 +52,7 @@ def _in_chunks(subject: Subject, sizes: list[int]) -> torch.Tensor:
 @CHECKS.add(
     "cache-steps",
     expected="logits token by token with the cache = logits of the whole",
-    remedy="start positions at `past_key_values.get_seq_length()` and return the updated cache",
+    remedy="start positions at the cache's `get_seq_length()` and return the updated cache",
 )
 def cache_steps(subject: Subject) -> Finding:
     """Whether reading token by token through the cache gives the logits of reading all at once."""

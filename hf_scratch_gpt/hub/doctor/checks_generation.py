@@ -8,6 +8,7 @@ import torch
 
 from hf_scratch_gpt.hub.doctor.outcome import TOLERANCE, Checks, Finding, all_of
 from hf_scratch_gpt.hub.doctor.subject import Subject
+from hf_scratch_gpt.model.cache_name import CACHE_NAME
 
 CHECKS = Checks()
 _PROMPT, _NEW = 6, 8
@@ -43,7 +44,7 @@ def _generate(subject: Subject, prompts: torch.Tensor, **settings: Any) -> torch
 @CHECKS.add(
     "generate-greedy",
     expected="generate() without sampling = the argmax of the whole sequence's logits, again and again",
-    remedy="inherit GenerationMixin, and check prepare_inputs_for_generation and the cache",
+    remedy=f"inherit GenerationMixin, and check prepare_inputs_for_generation and the cache, passed as `{CACHE_NAME}`",
 )
 def generate_greedy(subject: Subject) -> Finding:
     """Whether greedy `generate` gives the tokens that forwards without a cache choose."""
