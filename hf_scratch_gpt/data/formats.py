@@ -14,6 +14,8 @@ A row of **conversations** has one of
 - `question` and `answer`;
 - `text` that is an HH-RLHF transcript.
 
+Text in a column `system` goes before all of these where they have no such message of their own.
+
 A row of **preferences** has `chosen` and `rejected`, each text or messages, after `prompt`, `instruction` and `input`,
 or `question`; without any of these, both are whole conversations that begin alike, as messages or as transcripts.
 
@@ -61,7 +63,7 @@ _PREFERENCE_COLUMNS = (
 )
 # Columns that a conversion takes in, which are therefore not kept beside what it makes of them.
 READ_COLUMNS = {
-    *("messages", "conversations", "input", "chosen", "rejected", "tools", "functions"),
+    *("messages", "conversations", "input", "chosen", "rejected", "tools", "functions", "system"),
     *(name for pair in _PAIRS[:4] for name in pair),
 }
 
@@ -93,7 +95,9 @@ def _tools_of(row: Row) -> Row:
 def _conversations_of(row: Row) -> Iterator[Row]:
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
-            yield from _answers_in(read_messages(row[column], column), column, row[column])
+            messages = read_messages(row[column], column)
+            whole = _with_system(row, messages)
+            yield from _answers_in(whole, column, [*([{}] if len(whole) > len(messages) else []), *row[column]])
             return
     for question, answer in _PAIRS:
         if row.get(question) is not None and row.get(answer) is not None:
@@ -105,7 +109,7 @@ def _conversations_of(row: Row) -> Iterator[Row]:
             yield {"prompt": prompt, "completion": completion}
             return
     if is_transcript(row.get("text")):
-        yield from _answers_in(read_transcript(row["text"], "text"), "text")
+        yield from _answers_in(_with_system(row, read_transcript(row["text"], "text")), "text", [])
         return
     raise _unknown_format(row, _CONVERSATION_COLUMNS)
 
@@ -114,8 +118,16 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _answers_in(messages: list[Message], column: str, raw: list[Any] | None = None) -> Iterator[Row]:
-    """One row for each answer: the prompt is everything before it."""
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the row's `system`, where it has one and they do not begin with another."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": check_text(system, "'system'")}, *messages]
+
+
+def _answers_in(messages: list[Message], column: str, raw: list[Any]) -> Iterator[Row]:
+    """One row for each answer whose message in `raw` has no weight of 0: the prompt is everything before it."""
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"'{column}' ends with a message of '{messages[-1]['role']}', expected 'assistant'")
     if messages[0]["role"] == "assistant":
@@ -123,10 +135,10 @@ def _answers_in(messages: list[Message], column: str, raw: list[Any] | None = No
     places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not all(_says_something(messages[index]) for index in places):
         raise TeachesNothing("an empty answer")
-    if raw is not None:
+    if raw:
         places = [index for index in places if raw[index].get("weight") != 0]
-        if not places:
-            raise TeachesNothing("no answer whose weight is not 0")
+    if not places:
+        raise TeachesNothing("no answer whose weight is not 0")
     for index in places:
         yield {"prompt": messages[:index], "completion": [messages[index]]}
 
@@ -269,7 +281,7 @@ def _prompt(row: Row, column: str) -> list[Message]:
     extra = row.get("input") if column == "instruction" else None
     if extra is not None and check_text(extra, "'input'").strip():
         prompt = [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n\n{extra}"}]
-    return prompt
+    return _with_system(row, prompt)
 
 
 def _check_turns(prompt: list[Message], column: str) -> None:

@@ -79,8 +79,8 @@ def _read_openai(message: Any, where: str) -> Message:
     if calls and role != "assistant":
         raise ValueError(f"{where}: 'tool_calls' of the role '{role}', expected 'assistant'")
     if message.get("content") is None and not calls:
-        found = _found(message) if "content" not in message else "'content' holds null"
-        raise ValueError(f"{where} {found}, expected text" + (" or 'tool_calls'" if role == "assistant" else ""))
+        found = f" {_found(message)}" if "content" not in message else ": 'content' holds null"
+        raise ValueError(f"{where}{found}, expected 'content'" + (" or 'tool_calls'" if role == "assistant" else ""))
     return _make(role, _text_of(message.get("content"), where), calls, message, where)
 
 

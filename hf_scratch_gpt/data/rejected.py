@@ -82,7 +82,7 @@ class RejectedRows:
 def shortened(content: Any) -> str:
     """A row as JSON, or the text that should have been one, cut to 300 characters that any file can hold."""
     if isinstance(content, str):
-        text = content
+        text = content.strip()
     else:
         try:
             text = json.dumps(content, ensure_ascii=False, default=str)
