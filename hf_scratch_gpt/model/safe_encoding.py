@@ -43,6 +43,7 @@ class PlainEncoder:
     ):
         self.backend, self.control_ids, self.renumber = backend, control_ids, renumber
         self.unknown_id = unknown_id
+        self._continuing = _without_first_space(backend)
         self.forbidden = frozenset(self.control_ids.values()) - {unknown_id}
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
@@ -61,13 +62,17 @@ class PlainEncoder:
         control_ids = {token: i for token, i in added.items() if not token.isspace()}
         return cls(backend, control_ids, renumber, _unknown_id(tokenizer, settings["model"]))
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of plain text, and the characters (start, end) of each."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+    def encode(self, text: str, continues: bool = False) -> _Encoded:
+        """Token ids of plain text, and the characters (start, end) of each.
+
+        `continues` says that other text stands before it: some tokenizers put a space before the first word only.
+        """
+        backend = self._continuing if continues else self.backend
+        encoding = backend.encode(text, add_special_tokens=False)
         ids = self._checked(encoding.ids)
         if ids is not None:
             return ids, encoding.offsets
-        return self._encode_apart(text)
+        return self._encode_apart(text, continues)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts at once, on all cores."""
@@ -80,7 +85,7 @@ class PlainEncoder:
             ids = [self.renumber.get(i, i) for i in ids]
         return ids if self.forbidden.isdisjoint(ids) else None
 
-    def _encode_apart(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_apart(self, text: str, continues: bool) -> _Encoded:
         """A model that has control tokens as whole words (Unigram) gives them for their letters: cut those in two.
 
         Also for letters that the normalizer makes of others, as NFKC does of full-width ones.
@@ -90,7 +95,8 @@ class PlainEncoder:
         spans = [(0, len(text))]  # still to be encoded, the next one last
         while spans:
             start, end = spans.pop()
-            encoding = self.backend.encode(text[start:end], add_special_tokens=False)
+            backend = self._continuing if continues or start else self.backend
+            encoding = backend.encode(text[start:end], add_special_tokens=False)
             ids = [self.renumber.get(i, i) for i in encoding.ids]
             place = next((place for place, token in enumerate(ids) if token in self.forbidden), None)
             if place is None:
@@ -102,6 +108,16 @@ class PlainEncoder:
                 raise ValueError(f"this tokenizer gives a control token for the plain text {text[start:end]!r}")
             spans += [(start + first + 1, end), (start, start + first + 1)]
         return all_ids, all_offsets
+
+
+def _without_first_space(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer for text that other text precedes; the same one if it makes no difference."""
+    settings = json.loads(backend.to_str())
+    steps = [settings["pre_tokenizer"] or {}, *(settings["pre_tokenizer"] or {}).get("pretokenizers", [])]
+    first_only = [step for step in steps if step.get("prepend_scheme") == "first"]
+    for step in first_only:
+        step["prepend_scheme"] = "never"
+    return Tokenizer.from_str(json.dumps(settings)) if first_only else backend
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> int | None:
@@ -159,10 +175,12 @@ def encode_conversation(
     text, spans = _render(tokenizer, messages, tools, add_generation_prompt)
     disguise = _Disguise(encoder, text, tokenizer.get_chat_template(tools=tools))
     hidden, hidden_spans = _render(tokenizer, disguise.put_on(messages), disguise.put_on(tools), add_generation_prompt)
-    ids, offsets = _encode_rendered(tokenizer, text, [start for start, _ in spans])
-    if disguise.saw_control_token or not _is_by_template(tokenizer, encoder, text, hidden, ids, offsets):
-        ids, offsets = _encode_disguised(encoder, disguise, hidden, [start for start, _ in hidden_spans])
+    ids, offsets = _encode_rendered(tokenizer, text)
+    if disguise.saw_control_token or not _is_by_template(encoder, text, hidden, (ids, offsets)):
         spans = hidden_spans
+        ids, offsets = _encode_in_pieces(encoder, hidden, [start for start, _ in spans], disguise.original)
+    elif _crossed([start for start, _ in spans], offsets):
+        ids, offsets = _encode_in_pieces(encoder, text, [start for start, _ in spans], {})
     written = [int(any(first <= start < last for first, last in spans) and end > start) for start, end in offsets]
     return {"input_ids": ids, "assistant_masks": written}
 
@@ -191,7 +209,7 @@ class _Disguise:
         in_text = set(text)
         free = (code for code in range(0xF0000, 0xFFFFD) if chr(code) not in in_text)
         self.table = {ord(character): next(free) for character in set("".join(encoder.control_ids))}
-        self.original = {hidden: character for character, hidden in self.table.items()}
+        self.original = {hidden: chr(character) for character, hidden in self.table.items()}
 
     def put_on(self, value: Any, key: str = "", below_arguments: bool = False) -> Any:
         """The same messages or tools with every string disguised, but for names that templates compare with.
@@ -230,75 +248,57 @@ class _Disguise:
     def _is_read(self, name: str) -> bool:
         return re.search(rf"(['\"]){re.escape(name)}\1|\.{re.escape(name)}\b", self.template) is not None
 
-    def take_off(self, text: str) -> str:
-        return text.translate(self.original)
 
+def _is_by_template(encoder: PlainEncoder, text: str, hidden: str, encoded: _Encoded) -> bool:
+    """Whether all control tokens in the encoding of `text` are those that the template wrote, as `hidden` shows.
 
-def _is_by_template(
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: PlainEncoder,
-    text: str,
-    hidden: str,
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-) -> bool:
-    """Whether all control tokens in the encoding of `text` are the template's, which are those of `hidden`."""
+    Those that a normalizer makes of other letters, or breaks, are not.
+    """
     written = [(match.group(), match.span()) for match in encoder.pattern.finditer(text)]
-    hidden_written = [(match.group(), match.span()) for match in encoder.pattern.finditer(hidden)]
-    if len(text) != len(hidden):  # JSON and filters may lengthen or shorten what users wrote
-        written, hidden_written = ([(token, (0, 0)) for token, _ in found] for found in (written, hidden_written))
-    if written != hidden_written:
+    by_template = [(match.group(), match.span()) for match in encoder.pattern.finditer(hidden)]
+    # JSON and filters may lengthen or shorten what users wrote.
+    same_length = len(text) == len(hidden)
+    if written != by_template if same_length else [one for one, _ in written] != [one for one, _ in by_template]:
         return False
-    matches = [
-        match for match in encoder.pattern.finditer(text) if encoder.control_ids[match.group()] in encoder.forbidden
-    ]
-    found = [(token, span) for token, span in zip(ids, offsets, strict=True) if token in encoder.forbidden]
-    if len(found) == len(matches) and all(
-        token == encoder.control_ids[match.group()] and first <= match.start() and match.end() <= last
-        for (token, (first, last)), match in zip(found, matches, strict=True)
-    ):
-        return True
-    # The tokenizer's normalizer made a control token of other letters (or broke one): fine if they are the template's.
-    by_template = _encode_rendered(tokenizer, hidden, [])[0]
-    return [token for token, _ in found] == [token for token in by_template if token in encoder.forbidden]
+    expected = [(encoder.control_ids[token], span) for token, span in written]
+    expected = [(token, span) for token, span in expected if token in encoder.forbidden]
+    found = [(token, span) for token, span in zip(*encoded, strict=True) if token in encoder.forbidden]
+    return len(found) == len(expected) and all(
+        token == other and first <= start and end <= last
+        for (token, (first, last)), (other, (start, end)) in zip(found, expected, strict=True)
+    )
 
 
-def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str, marks: list[int]) -> _Encoded:
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> _Encoded:
     """Ids and character offsets of a rendered conversation, its control tokens read as such."""
-
-    def encode(piece: str) -> _Encoded:
-        encoding = tokenizer(piece, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
-        return encoding["input_ids"], encoding["offset_mapping"]
-
-    return _encode_cut(encode, text, marks)
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True)
+    return encoding["input_ids"], encoding["offset_mapping"]
 
 
-def _encode_cut(encode: Callable[[str], _Encoded], text: str, marks: list[int]) -> _Encoded:
-    """Ids and character offsets of a text in which no token reaches across one of `marks`."""
-    ids, offsets = encode(text)
-    crossed = [mark for mark in marks if any(first < mark < last for first, last in offsets)]
-    if not crossed:
-        return ids, offsets
-    all_ids: list[int] = []
-    all_offsets: list[tuple[int, int]] = []
-    for start, end in pairwise([0, *crossed, len(text)]):
-        ids, offsets = encode(text[start:end])
-        all_ids += ids
-        all_offsets += [(start + first, start + last) for first, last in offsets]
-    return all_ids, all_offsets
+def _crossed(marks: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+    """The marks that a token reaches across."""
+    return [mark for mark in marks if any(first < mark < last for first, last in offsets)]
 
 
-def _encode_disguised(encoder: PlainEncoder, disguise: _Disguise, text: str, marks: list[int]) -> _Encoded:
-    """Ids and character offsets: control tokens where the template wrote them, all between them as plain text."""
+def _encode_in_pieces(encoder: PlainEncoder, text: str, marks: list[int], original: dict[int, str]) -> _Encoded:
+    """Ids and character offsets: control tokens where `text` has them, all between them as plain text.
+
+    Plain text is cut where a token would reach across one of `marks`; `original` tells letters from their disguise.
+    """
+    table = str.maketrans(original)
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     position = 0
     for match in [*encoder.pattern.finditer(text), None]:
         end = match.start() if match else len(text)
+        plain = text[position:end].translate(table)
         inside = [mark - position for mark in marks if position < mark < end]
-        plain_ids, plain_offsets = _encode_cut(encoder.encode, disguise.take_off(text[position:end]), inside)
-        ids += plain_ids
-        offsets += [(position + first, position + last) for first, last in plain_offsets]
+        cuts = _crossed(inside, encoder.encode(plain, position > 0)[1]) if inside else []
+        for start, stop in pairwise([0, *cuts, len(plain)]):
+            at = position + start
+            plain_ids, plain_offsets = encoder.encode(plain[start:stop], at > 0)
+            ids += plain_ids
+            offsets += [(at + first, at + last) for first, last in plain_offsets]
         if match:
             ids.append(encoder.control_ids[match.group()])
             offsets.append(match.span())
