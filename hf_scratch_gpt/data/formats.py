@@ -65,6 +65,7 @@ _PREFERENCE_COLUMNS = (
 READ_COLUMNS = {
     *("messages", "conversations", "input", "chosen", "rejected", "tools", "functions", "system"),
     *(name for pair in _PAIRS[:4] for name in pair),
+    *(*_LIST_COLUMNS, "ranks", "scores"),
 }
 
 

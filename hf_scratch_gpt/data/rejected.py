@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.runs.files import write_text
+
 REJECTED_FILE = "rejected.jsonl"
 REJECTED_SHARE = 0.01  # more malformed rows than this is a mistake in the data, not a slip
 _LONGEST_CONTENT = 300
@@ -77,6 +79,18 @@ class RejectedRows:
         names = [field.name for field in dataclasses.fields(RejectedRow) if field.name != "was_read"]
         records = ({name: getattr(row, name) for name in names} for row in self.rows)
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def write(self, path: Path) -> None:
+        """Add the rows to a file that may list some already, as where a stage reads two data sets, or is resumed.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        listed = path.read_text(encoding="utf-8") if path.is_file() else ""
+        known = set(listed.split("\n"))
+        new = "".join(line + "\n" for line in self.text().split("\n") if line not in known and line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, listed + new)
 
 
 def shortened(content: Any) -> str:

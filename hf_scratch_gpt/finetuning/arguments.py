@@ -33,7 +33,8 @@ class TuningArguments:
         allow_dropped_rows (`bool`, *optional*, defaults to `False`): Go on when more than 1% of the rows are longer
             than `max_length`.
         allow_rejected_rows (`bool`, *optional*, defaults to `False`): Go on when more than 1% of the rows are
-            malformed; `rejected.jsonl` in the run folder lists every row that is left out.
+            malformed; `rejected.jsonl` in the run folder lists every row that is left out. (`ppo`, whose rows are
+            prompts, names the first and stops.)
         peft (`str`, *optional*, defaults to `"lora"`): `"lora"` trains low-rank adapters and merges them at the end
             (Hu et al. 2021, https://huggingface.co/papers/2106.09685); `"none"` trains all weights.
         lora_r (`int`, *optional*, defaults to `16`): Rank.

@@ -15,7 +15,6 @@ import numpy as np
 
 from hf_scratch_gpt.data.rejected import REJECTED_FILE, RejectedRows
 from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
-from hf_scratch_gpt.runs.files import write_text
 from hf_scratch_gpt.runs.hardware import rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -106,11 +105,12 @@ def load_examples(
     encode: Callable[[dict], dict],
     max_length: int,
     own_rows: list[dict] | None = None,
+    keep_columns: bool = False,
 ) -> Examples:
     """Load and encode a stage's `conversations`, `preferences` or `rankings`, with its held-out rows.
 
     Rows that are left out are listed in the run folder's `rejected.jsonl`, also where they stop the run. `own_rows`,
-    if given, are trained on in place of the data set's.
+    if given, are trained on in place of the data set's. `keep_columns` shows `encode` the row's other columns too.
 
     Raises:
         ValueError: if a data set is empty, or too many rows are unusable (naming the first of them).
@@ -118,17 +118,19 @@ def load_examples(
     """
     listed_in = Path(arguments.output_dir) / REJECTED_FILE
     rejected = RejectedRows(arguments.allow_rejected_rows, listed_in)
+    from hf_scratch_gpt.data import conversations
+
+    load = functools.partial(getattr(conversations, f"load_{kind}"), keep_columns=keep_columns, rejected=rejected)
     try:
-        return _load_examples(arguments, kind, encode, max_length, own_rows, rejected)
+        return _load_examples(arguments, load, encode, max_length, own_rows, rejected)
     finally:
         if rejected.rows and rank_and_world_size()[0] == 0:
-            listed_in.parent.mkdir(parents=True, exist_ok=True)
-            write_text(listed_in, rejected.text())
+            rejected.write(listed_in)
 
 
 def _load_examples(
     arguments: Any,
-    kind: str,
+    load: Callable[..., Any],
     encode: Callable[[dict], dict],
     max_length: int,
     own_rows: list[dict] | None,
@@ -136,9 +138,6 @@ def _load_examples(
 ) -> Examples:
     from datasets import Dataset
 
-    from hf_scratch_gpt.data import conversations
-
-    load = functools.partial(getattr(conversations, f"load_{kind}"), rejected=rejected)
     source, allow = arguments.dataset, arguments.allow_dropped_rows
     rows = load(source, arguments.dataset_split) if own_rows is None else Dataset.from_list(own_rows)
     heldout = _load_heldout(arguments, load)

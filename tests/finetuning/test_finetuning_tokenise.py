@@ -181,6 +181,17 @@ def test_all_that_is_left_out_is_listed_in_the_run_folder(tokenizer, tmp_path):
     assert {row["file"] for row in listed} == {source}
 
 
+def test_a_second_data_set_adds_to_the_list_and_a_resumed_run_repeats_nothing(tokenizer, tmp_path):
+    lists = []
+    for name in ("first", "second", "first"):
+        source = with_faults(tmp_path / f"{name}.jsonl", 300, {7: "{"})
+        arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
+        load_examples(arguments, "conversations", conversation_encoder(tokenizer), 96)
+        lines = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+        lists.append([json.loads(line)["file"].removeprefix(f"{tmp_path}/") for line in lines])
+    assert lists == [["first.jsonl"], ["first.jsonl", "second.jsonl"], ["first.jsonl", "second.jsonl"]]
+
+
 def test_what_stops_a_run_is_listed_too_and_may_be_allowed(tokenizer, tmp_path):
     source = with_faults(tmp_path / "data.jsonl", 100, {7: "{", 20: "[]"})
     arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
