@@ -19,6 +19,7 @@ from hf_scratch_gpt.runs.hardware import rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
+_WHEREABOUTS = ("source_file", "source_row")
 DROPPED_SHARE = 0.01  # more long rows than this is a mistake in the data or in max_length, not a tail
 
 
@@ -210,11 +211,11 @@ def tokenise(
         except (ValueError, TypeError, KeyError) as error:
             if rejected is None:
                 raise ValueError(f"{origin}, {name}: {error}") from error
-            rejected.add(file, "malformed", place, str(error), row)
+            rejected.add(file, "malformed", place, str(error), _content(row))
             continue
         if encoded["length"] > max_length:
             long_rows.append((name, encoded["length"]))
-            left_out.add(file, "too long", place, f"{encoded['length']} tokens, and {max_length} fit", row)
+            left_out.add(file, "too long", place, f"{encoded['length']} tokens, and {max_length} fit", _content(row))
         else:
             kept.append(encoded)
     left_out.judge(left_out.rows[before:], total)
@@ -226,10 +227,18 @@ def tokenise(
 
 def _whereabouts(row: dict, origin: str, number: int) -> tuple[str, str, str]:
     """The file and the place that a row comes from, and its name in messages."""
-    file, place = row.get("source_file"), row.get("source_row")
+    file, place = (row.get(name) for name in _WHEREABOUTS)
     if file is None or place is None:
         return origin, f"row {number}", f"row {number} ({_beginning(row)})"
     return file, place, f"row {number} ({place}: {_beginning(row)})"
+
+
+def _content(value: Any) -> Any:
+    """A row without its whereabouts, and without the empty fields that a table gives to all messages."""
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if item is not None and name not in _WHEREABOUTS}
+        return {name: _content(item) for name, item in kept.items()}
+    return [_content(item) for item in value] if isinstance(value, list) else value
 
 
 def _beginning(row: dict, length: int = 40) -> str:

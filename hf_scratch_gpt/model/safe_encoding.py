@@ -317,6 +317,6 @@ def _render(tokenizer, messages, tools, add_generation_prompt: bool) -> tuple[st
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter where text is joined to a number or an object
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     return texts[0], spans[0]
