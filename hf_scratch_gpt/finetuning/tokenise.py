@@ -76,11 +76,12 @@ class AnswerEncoder:
             return mask.index(1)
         prompt_ids = encode_conversation(self.tokenizer, prompt, add_generation_prompt=True, tools=tools)["input_ids"]
         start = len(prompt_ids)
-        if input_ids[:start] != prompt_ids or not mask[start] or (mask.index(1) != start and not has_earlier_answers):
+        if input_ids[:start] != prompt_ids or not mask[start]:
             raise ValueError(
                 "the chat template renders the prompt differently when an answer follows; use another one"
             )
-        self._checked_roles.add(roles)
+        if mask.index(1) == start:  # some templates mark the end of the prompt too, which is not trained here
+            self._checked_roles.add(roles)
         return start
 
 

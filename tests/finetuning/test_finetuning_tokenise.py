@@ -82,6 +82,20 @@ def test_a_template_that_renders_a_prompt_differently_before_an_answer_is_refuse
         AnswerEncoder(changed)(say("user", "hi"), say("assistant", "yes"))
 
 
+def test_what_a_template_marks_of_the_prompt_is_not_trained(tokenizer):
+    """As TRL's training template of Qwen2.5 marks the line break that the prompt ends with."""
+    changed = copy.deepcopy(tokenizer)
+    old = "{{ '<|im_start|>assistant\\n' }}\n{%- generation -%}"
+    assert old in tokenizer.chat_template
+    changed.chat_template = tokenizer.chat_template.replace(
+        old, "{{ '<|im_start|>assistant' }}\n{%- generation -%}{{ '\\n' -}}"
+    )
+    encode = AnswerEncoder(changed)
+    for _ in range(2):
+        answer = encode(say("user", "hi"), say("assistant", "yes"))
+        assert answer == AnswerEncoder(tokenizer)(say("user", "hi"), say("assistant", "yes"))
+
+
 def test_a_preference_shares_its_prompt_and_splits_at_the_answers(tokenizer):
     row = {"prompt": say("user", "hi"), "chosen": say("assistant", "yes"), "rejected": say("assistant", "no, no")}
     pair = preference_encoder(tokenizer)(row)

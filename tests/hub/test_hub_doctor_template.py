@@ -62,6 +62,20 @@ def test_answers_that_change_when_the_conversation_goes_on_are_shown():
     assert "of 3 messages becomes" in told.measured
 
 
+def test_what_a_template_writes_before_the_answer_itself_may_be_trained_but_not_the_prompt():
+    """TRL's training templates: Qwen3's has an empty thought there, Qwen2.5's the line break that ends the prompt."""
+    tokenizer = make_tokenizer()
+    opening = "{{ '<|im_start|>assistant\\n' }}\n{%- generation -%}"
+    assert tokenizer.chat_template.count(opening) == 1
+    usual = tokenizer.chat_template
+    tokenizer.chat_template = usual.replace(opening, opening + "{{ '<think></think>' -}}")
+    assert names(outcomes_of(tokenizer), "fail") == set()
+    tokenizer.chat_template = usual.replace(opening, "{{ '<|im_start|>assistant' }}\n{%- generation -%}{{ '\\n' -}}")
+    outcomes = outcomes_of(tokenizer)
+    assert names(outcomes, "fail") == {"chat-trained-mask"}
+    assert outcomes["chat-trained-mask"].measured == "trained before the answer: '\\n'"
+
+
 def test_a_template_that_takes_arguments_as_text_passes():
     tokenizer = make_tokenizer()
     old = "(call.arguments if call.arguments is string else call.arguments | tojson)"

@@ -91,6 +91,14 @@ def _answer(tokenizer: Any) -> _Answer:
     return _Answer(encoded["input_ids"], encoded["assistant_masks"], text, next(after, None))
 
 
+def _opening(tokenizer: Any, ids: list[int]) -> range:
+    """The places in `ids` of what `add_generation_prompt` opens the last answer with; none if they begin otherwise."""
+    asked = conversation(tokenizer)[:-1]
+    without = encode_conversation(tokenizer, asked)["input_ids"]
+    opened = encode_conversation(tokenizer, asked, add_generation_prompt=True)["input_ids"]
+    return range(len(without), len(opened)) if ids[: len(opened)] == opened else range(0)
+
+
 @CHECKS.add(
     "chat-trained-mask",
     expected="{% generation %} encloses the assistant's text and its end token",
@@ -103,11 +111,12 @@ def chat_trained_mask(subject: Subject) -> Finding:
         raise Skipped("the template has no {% generation %}, so it tells no trained part")
     answer = _answer(tokenizer)
     untrained = tokenizer.decode([answer.ids[place] for place in answer.text if not answer.masks[place]])
-    prompt = sum(answer.masks[: answer.text[0]]) and answer.masks[answer.text[0] - 1]
+    opening = _opening(tokenizer, answer.ids)
+    prompt = tokenizer.decode([answer.ids[place] for place in opening if answer.masks[place]])
     end_is_trained = answer.end is None or answer.masks[answer.end] == 1
     return all_of(
         Finding(not untrained, f"not trained of the answer: {untrained!r}"),
-        Finding(not prompt, "what stands before the answer is trained"),
+        Finding(not prompt, f"trained before the answer: {prompt!r}"),
         Finding(end_is_trained, "the end token after the answer is not trained"),
         Finding(True, f"{len(answer.text)} tokens of the answer and its end are trained"),
     )
