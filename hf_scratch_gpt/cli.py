@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "card": ("hf_scratch_gpt.reporting.card", "main", "write a model's card from what its runs recorded"),
     "data-report": ("hf_scratch_gpt.reporting.data_report", "main", "write the page on what prepare removed and kept"),
-    "doctor": ("hf_scratch_gpt.hub.doctor.main", "main", "check any model folder or Hub id, one line a check"),
+    "doctor": ("hf_scratch_gpt.hub.doctor.main", "main", "check any model folder, Hub id or chat template"),
     "attention": (
         "hf_scratch_gpt.reporting.attention_page",
         "main",

@@ -98,6 +98,7 @@ def _align(arguments: DPOArguments, stage_run: StageRun) -> None:
     if not stage_run.is_main:
         return
     metrics |= {"pairs": len(pairs.train), "dropped_rows": pairs.dropped, "beta": arguments.beta}
+    metrics["rejected_rows"] = pairs.rejected
     metrics["preferences"] = "dataset" if own is None else "own answers"
     if pairs.heldout is not None:
         reference = load_model(AutoModelForCausalLM, source).to(model.device)

@@ -61,8 +61,8 @@ def reward_encoder(tokenizer: Any) -> Callable[[dict], dict]:
     """Row -> `chosen_ids` and `rejected_ids` (whole conversations as the chat template renders them), `length`."""
 
     def encode(row: dict) -> dict:
-        chosen = encode_conversation(tokenizer, row["prompt"] + row["chosen"])["input_ids"]
-        rejected = encode_conversation(tokenizer, row["prompt"] + row["rejected"])["input_ids"]
+        chosen = encode_conversation(tokenizer, row["prompt"] + row["chosen"], tools=row.get("tools"))["input_ids"]
+        rejected = encode_conversation(tokenizer, row["prompt"] + row["rejected"], tools=row.get("tools"))["input_ids"]
         if chosen == rejected:
             raise ValueError("'chosen' and 'rejected' are the same")
         return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
@@ -111,6 +111,7 @@ def _train_reward(arguments: RewardArguments, stage_run: StageRun) -> None:
     metrics |= {
         "pairs": len(pairs.train),
         "dropped_rows": pairs.dropped,
+        "rejected_rows": pairs.rejected,
         "center_rewards_coefficient": arguments.center_rewards_coefficient,
     }
     metrics |= _measure(model, pairs, tokenizer.pad_token_id, arguments.per_device_eval_batch_size)

@@ -1,48 +1,34 @@
-"""The one place that knows conversation formats: every common one becomes TRL's conversational `prompt`/`completion`
-or `prompt`/`chosen`/`rejected`, lists of `{"role", "content"}` messages.
+"""The one place that loads conversations: every common format becomes TRL's conversational `prompt`/`completion`,
+`prompt`/`chosen`/`rejected` or `prompt`/`completions`/`ranks`, lists of `{"role", "content"}` messages.
 
 Read are local .jsonl, .json, .csv, .tsv and .parquet files, a folder of the stage `prepare` (its tasks), and
-`datasets` ids. A row of conversations has one of
-
-- `messages`, or `conversations` as ShareGPT writes them (`from`, `value`): one row is made for every answer in it,
-  with all that was said before as its prompt, so that every answer is learnt once;
-- `prompt` and `completion` (or `response`), each text or messages;
-- Alpaca's `instruction`, `input` (may be missing) and `output` (or `response`);
-- `question` and `answer`.
-
-A row of preferences has `chosen` and `rejected`, each text or messages, after `prompt`, `instruction` and `input`, or
-`question`; without any of these, both are whole conversations that begin alike.
+`datasets` ids. `hf_scratch_gpt.data.formats` says which formats a row may have, and tells them apart.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.data.formats import (
+    READ_COLUMNS,
+    TeachesNothing,
+    read_conversations,
+    read_preferences,
+    read_rankings,
+)
 from hf_scratch_gpt.data.manifest import find_file
-from hf_scratch_gpt.data.rows import ROW_SUFFIXES, read_rows
+from hf_scratch_gpt.data.rejected import RejectedRows
+from hf_scratch_gpt.data.rows import ROW_SUFFIXES, MalformedHandler, read_rows
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
 Row = dict[str, Any]
+Convert = Callable[[Row], Iterator[Row]]
 
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-# Column of the question and column of its answer, in the order in which they are looked for.
-_PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-)
-_PROMPT_COLUMNS = ("prompt", "instruction", "question")
-_CONVERSATION_COLUMNS = (
-    "messages; conversations; prompt and completion; instruction, input and output; question and answer"
-)
-_PREFERENCE_COLUMNS = "prompt (or instruction and input), chosen and rejected"
+FILE, PLACE = "source_file", "source_row"
+_MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected", "completions")
 _FILES = {
     ("conversations", "train"): "train.jsonl",
     ("conversations", "heldout"): "heldout.jsonl",
@@ -52,9 +38,15 @@ _FILES = {
 
 
 def load_conversations(
-    source: str | Path, split: str | None = None, streaming: bool = False, keep_columns: bool = False
+    source: str | Path,
+    split: str | None = None,
+    streaming: bool = False,
+    keep_columns: bool = False,
+    rejected: RejectedRows | None = None,
 ) -> Any:
     """Load questions with their answers as a `datasets.Dataset` with the columns `prompt` and `completion`.
+
+    A row that offers functions keeps them as `tools`; none of the others has that column.
 
     Args:
         source (`str` or `Path`): A local file, a `prepare` folder (its tasks), or a `datasets` id, `owner/name` or
@@ -63,25 +55,48 @@ def load_conversations(
             of a `datasets` id; a file has none.
         streaming (`bool`, *optional*, defaults to `False`): Return an `IterableDataset` that reads as it is read.
         keep_columns (`bool`, *optional*, defaults to `False`): Keep the row's other columns (`family`, `answer`, ...).
+        rejected (`RejectedRows`, *optional*): Collects malformed rows and rows that teach nothing, instead of raising
+            at the first malformed one; the file and the row that each example comes from then stand in the columns
+            `source_file` and `source_row`.
 
     Raises:
         FileNotFoundError: if a local source is missing.
         OSError: if a data set cannot be read.
-        ValueError: for text that is not UTF-8, a malformed row or a row of an unknown format (naming file and row),
-            and where no row is left.
+        ValueError: for text that is not UTF-8, a malformed row or a row of an unknown format (naming file and row;
+            with `rejected`, where these are too many), and where no row is left.
     """
-    return _load(source, split, streaming, keep_columns, "conversations", _read_conversations)
+    return _load(source, split, streaming, keep_columns, rejected, "conversations", read_conversations)
 
 
 def load_preferences(
-    source: str | Path, split: str | None = None, streaming: bool = False, keep_columns: bool = False
+    source: str | Path,
+    split: str | None = None,
+    streaming: bool = False,
+    keep_columns: bool = False,
+    rejected: RejectedRows | None = None,
 ) -> Any:
     """Load preferences as a `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`.
 
-    Arguments and errors are those of `load_conversations`. Pairs whose two answers are the same are left out, since
-    they prefer nothing; a warning says how many.
+    Arguments and errors are those of `load_conversations`. A ranking gives one row for each two answers of different
+    rank. Pairs whose two answers are the same are left out, since they prefer nothing; a warning says how many.
     """
-    return _load(source, split, streaming, keep_columns, "preferences", _read_preferences)
+    return _load(source, split, streaming, keep_columns, rejected, "preferences", read_preferences)
+
+
+def load_rankings(
+    source: str | Path,
+    split: str | None = None,
+    streaming: bool = False,
+    keep_columns: bool = False,
+    rejected: RejectedRows | None = None,
+) -> Any:
+    """Load rankings as a `datasets.Dataset` with the columns `prompt`, `completions` and `ranks`, one row a prompt.
+
+    `completions` are answers (each a list of messages) from the best to the worst, `ranks` their ranks from 1; answers
+    that are equally good share one. Preferences are rankings of two. Arguments and errors are those of
+    `load_conversations`.
+    """
+    return _load(source, split, streaming, keep_columns, rejected, "preferences", read_rankings)
 
 
 def _load(
@@ -89,34 +104,46 @@ def _load(
     split: str | None,
     streaming: bool,
     keep_columns: bool,
+    rejected: RejectedRows | None,
     kind: str,
-    convert: Callable[[Row], Iterator[Row]],
+    convert: Convert,
 ) -> Any:
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
 
     def converted() -> Iterator[Row]:
-        return _convert(_open(source, split, streaming, kind), str(source), convert, keep_columns)
+        file, rows = _open(source, split, streaming, kind, rejected)
+        return _convert(file, rows, convert, keep_columns, rejected)
 
     if not streaming:
-        return Dataset.from_list(list(converted()))
-    _open(source, split, streaming, kind)  # a missing file or split shows now, not at the first row
+        return _as_data_set(list(converted()))
+    _open(source, split, streaming, kind, rejected)  # a missing file or split shows now, not at the first row
     return IterableDataset.from_generator(converted)
 
 
-def _open(source: str | Path, split: str | None, streaming: bool, kind: str) -> Iterator[tuple[str, Row]]:
-    """The raw rows of a source as `(file and place, row)`."""
+def _open(
+    source: str | Path, split: str | None, streaming: bool, kind: str, rejected: RejectedRows | None
+) -> tuple[str, Iterator[tuple[str, Row]]]:
+    """The file or data set that a source is, and its raw rows as `(place, row)`."""
     path = Path(source).expanduser()
     if path.is_dir():
         path = _file_of_folder(path, split or "train", kind)
     elif path.is_file() and split not in (None, "train"):
         raise ValueError(f"{path}: a file has no split '{split}'; name the file that holds it")
     if path.is_file():
-        return ((f"{path}, {place}", row) for place, row in read_rows(path))
+        file = str(path)
+        if rejected is None:
+            return file, read_rows(path)
+        return file, read_rows(path, on_malformed=_noting(rejected, file))
     text = str(source)
     is_path = path.is_absolute() or text.startswith((".", "~")) or len(path.parts) > 2
     if not text or is_path or path.suffix.lower() in ROW_SUFFIXES:
         raise FileNotFoundError(f"no such file or folder: '{source}'")
-    return _read_data_set(text, split or "train", streaming)
+    return f"data set {text}", _read_data_set(text, split or "train", streaming)
+
+
+def _noting(rejected: RejectedRows, file: str) -> MalformedHandler:
+    """What notes a row that cannot even be read as one."""
+    return lambda place, reason, content: rejected.add(file, "malformed", place, reason, content, was_read=False)
 
 
 def _file_of_folder(folder: Path, split: str, kind: str) -> Path:
@@ -139,7 +166,7 @@ def _read_data_set(source: str, split: str, streaming: bool) -> Iterator[tuple[s
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
         for number, row in enumerate(rows, start=1):
-            yield f"data set {source}, row {number}", row
+            yield f"row {number}", row
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise OSError(
             f"'{source}' is no local file or folder, and cannot be read as a data set id: {error}"
@@ -147,163 +174,79 @@ def _read_data_set(source: str, split: str, streaming: bool) -> Iterator[tuple[s
 
 
 def _convert(
-    rows: Iterable[tuple[str, Row]], source: str, convert: Callable[[Row], Iterator[Row]], keep_columns: bool
+    file: str,
+    rows: Iterable[tuple[str, Row]],
+    convert: Convert,
+    keep_columns: bool,
+    rejected: RejectedRows | None,
 ) -> Iterator[Row]:
-    """Convert rows; those that teach nothing are left out and counted, malformed ones raise with their place."""
-    skipped: Counter[str] = Counter()
-    total = kept = 0
+    """Convert rows; those that teach nothing are left out and counted, malformed ones are rejected or raise."""
+    left_out = RejectedRows() if rejected is None else rejected
+    before = len(left_out.rows)
+    read = kept = 0
     for place, row in rows:
-        total += 1
+        read += 1
         try:
             made = list(convert(row))
-        except _TeachesNothing as reason:
-            skipped[str(reason)] += 1
+        except TeachesNothing as reason:
+            left_out.add(file, "useless", place, str(reason), row)
             continue
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            reason_text = str(error) if isinstance(error, ValueError) else "nested too deeply"
+            if rejected is None:
+                raise ValueError(f"{file}, {place}: {reason_text}") from None
+            rejected.add(file, "malformed", place, reason_text, row, was_read=True)
+            continue
         kept += len(made)
-        extra = {name: value for name, value in row.items() if name not in _READ_COLUMNS} if keep_columns else {}
-        yield from ({**extra, **new} for new in made)
-    reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+        beside = {name: value for name, value in row.items() if name not in READ_COLUMNS} if keep_columns else {}
+        where = {} if rejected is None else {FILE: file, PLACE: place}
+        yield from ({**beside, **new, **where} for new in made)
+    _judge(file, left_out, before, read, kept)
+
+
+def _judge(file: str, left_out: RejectedRows, before: int, read: int, kept: int) -> None:
+    """Warn of the rows of a file that were left out, or stop where they are too many, or no others are there.
+
+    Raises:
+        ValueError: if that is so, naming the first malformed rows.
+    """
+    new = left_out.rows[before:]
+    total = read + sum(not row.was_read for row in new)
+    left_out.judge(new, total)
+    reasons = Counter(row.reason for row in new if row.kind == "useless")
+    told = [f"{count} with {reason}" for reason, count in reasons.items()]
+    malformed = sum(row.kind == "malformed" for row in new)
+    told += [f"{malformed} malformed"] if malformed else []
     if not kept:
-        raise ValueError(f"{source}: no usable rows; found {f'{total} rows, {reasons}' if total else 'an empty file'}")
-    if skipped:
-        logger.warning("%s: leaving out %d of %d rows: %s", source, skipped.total(), total, reasons)
+        found = f"{total} rows, {', '.join(told)}" if total else "an empty file"
+        raise ValueError(f"{file}: no usable rows; found {found}")
+    if new:
+        logger.warning("%s: leaving out %d of %d rows: %s", file, len(new), total, ", ".join(told))
 
 
-# Columns that a conversion takes in, which are therefore not kept beside what it makes of them.
-_READ_COLUMNS = {"messages", "conversations", "input", "chosen", "rejected"} | {
-    name for pair in _PAIRS[:4] for name in pair
-}
+def _as_data_set(rows: list[Row]) -> Any:
+    """The rows as a `datasets.Dataset`; tool calls and tools as JSON: Arrow would give each the fields of all."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    columns = [name for name in _MESSAGE_COLUMNS if any(name in row for row in rows)]
+    if not any("tools" in row or any(map(_is_about_tools, row.values())) for row in rows):
+        return Dataset.from_list(rows)
+    message = {name: Value("string") for name in ("role", "content", "name", "tool_call_id")}
+    messages = List({**message, "tool_calls": Json()})
+    known = {name: List(messages) if name == "completions" else messages for name in columns}
+    known |= {"tools": Json()} if any("tools" in row for row in rows) else {}
+    others = [{name: value for name, value in row.items() if name not in known} for row in rows]
+    features = {**(Dataset.from_list(others).features if any(others) else {}), **known}
+    return Dataset.from_list(rows, features=Features(features))
 
 
-class _TeachesNothing(Exception):
-    """A well-formed row from which nothing can be learnt; the text says why."""
-
-
-def _read_conversations(row: Row) -> Iterator[Row]:
-    for column, read in (("messages", _messages), ("conversations", _sharegpt_messages)):
-        if row.get(column) is not None:
-            yield from _answers_in(read(row[column], column), column)
-            return
-    for question, answer in _PAIRS:
-        if row.get(question) is not None and row.get(answer) is not None:
-            prompt, completion = _prompt(row, question), _as_messages(row[answer], answer, "assistant")
-            _check_turns(prompt, question)
-            if not any(message["content"].strip() for message in completion):
-                raise _TeachesNothing("an empty answer")
-            if completion[-1]["role"] != "assistant":
-                raise ValueError(f"'{answer}' ends with a message of '{completion[-1]['role']}', expected 'assistant'")
-            yield {"prompt": prompt, "completion": completion}
-            return
-    raise _unknown_format(row, _CONVERSATION_COLUMNS)
-
-
-def _answers_in(messages: list[Message], column: str) -> Iterator[Row]:
-    """One row for each answer: the prompt is everything before it."""
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"'{column}' ends with a message of '{messages[-1]['role']}', expected 'assistant'")
-    if messages[0]["role"] == "assistant":
-        raise ValueError(f"'{column}' begins with a message of 'assistant', expected 'user' or 'system'")
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            if not message["content"].strip():
-                raise _TeachesNothing("an empty answer")
-            yield {"prompt": messages[:index], "completion": [message]}
-
-
-def _read_preferences(row: Row) -> Iterator[Row]:
-    if row.get("chosen") is None or row.get("rejected") is None:
-        raise _unknown_format(row, _PREFERENCE_COLUMNS)
-    chosen, rejected = (_as_messages(row[column], column, "assistant") for column in ("chosen", "rejected"))
-    question = next((column for column in _PROMPT_COLUMNS if row.get(column) is not None), None)
-    prompt = _common_start(chosen, rejected) if question is None else _prompt(row, question)
-    if not prompt:
-        raise _unknown_format(row, _PREFERENCE_COLUMNS)
-    _check_turns(prompt, question or "chosen")
-    chosen, rejected = (_without_prompt(answer, prompt) for answer in (chosen, rejected))
-    for column, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer and answer[-1]["role"] != "assistant":
-            raise ValueError(f"'{column}' ends with a message of '{answer[-1]['role']}', expected 'assistant'")
-    if chosen == rejected:
-        raise _TeachesNothing("two equal answers")
-    if not chosen or not rejected or not chosen[-1]["content"].strip():
-        raise _TeachesNothing("an empty answer")
-    yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _common_start(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """What two whole conversations share, up to the last message before their answers differ."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    start = chosen[:shared]
-    while start and start[-1]["role"] == "assistant":
-        start = start[:-1]
-    return start
-
-
-def _without_prompt(answer: list[Message], prompt: list[Message]) -> list[Message]:
-    """Some data sets repeat the prompt at the start of both answers."""
-    return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
-
-
-def _prompt(row: Row, column: str) -> list[Message]:
-    prompt = _as_messages(row[column], column, "user")
-    extra = row.get("input") if column == "instruction" else None
-    if extra is not None and not isinstance(extra, str):
-        raise ValueError(f"'input' holds {type(extra).__name__}, expected text")
-    if extra and extra.strip():
-        prompt = [{"role": "user", "content": f"{prompt[0]['content']}\n\n{extra}"}]
-    return prompt
-
-
-def _check_turns(prompt: list[Message], column: str) -> None:
-    if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"'{column}' ends with a message of 'assistant', expected 'user'")
-    if not any(message["content"].strip() for message in prompt):
-        raise ValueError(f"'{column}' is empty")
-
-
-def _as_messages(value: Any, column: str, role: str) -> list[Message]:
-    """Text becomes one message of `role`; messages are checked."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _messages(value, column)
-
-
-def _messages(value: Any, column: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if isinstance(value, list) else type(value).__name__
-        raise ValueError(
-            f"'{column}' holds {found}, expected text or a list of messages with '{role_key}' and '{text_key}'"
-        )
-    checked = []
-    for number, message in enumerate(value, start=1):
-        where = f"message {number} of '{column}'"
-        if not isinstance(message, Mapping) or role_key not in message or text_key not in message:
-            found = ", ".join(message) if isinstance(message, Mapping) else type(message).__name__
-            raise ValueError(f"{where} has {found}, expected '{role_key}' and '{text_key}'")
-        if not isinstance(message[text_key], str):
-            raise ValueError(f"{where}: '{text_key}' holds {type(message[text_key]).__name__}, expected text")
-        checked.append({"role": _role(message[role_key], where, role_key), "content": message[text_key]})
-    return checked
-
-
-def _sharegpt_messages(value: Any, column: str) -> list[Message]:
-    return _messages(value, column, "from", "value")
-
-
-def _role(role: Any, where: str, role_key: str) -> str:
-    known = _SHAREGPT_ROLES if role_key == "from" else {role: role for role in ROLES}
-    if role not in known:
-        raise ValueError(f"{where}: unknown {role_key} '{role}', expected {', '.join(known)}")
-    return known[role]
-
-
-def _unknown_format(row: Row, expected: str) -> ValueError:
-    names = [f"'{name if len(name) <= 40 else name[:37] + '...'}'" for name in row]
-    found = ", ".join(
-        name + (" (empty)" if value is None else "") for name, value in zip(names[:12], row.values(), strict=False)
+def _is_about_tools(value: Any) -> bool:
+    """Whether a value is, or holds, messages of which one has more than a role and a text."""
+    if not isinstance(value, list):
+        return False
+    return any(
+        len(item) > 2 and "role" in item
+        if isinstance(item, dict)
+        else isinstance(item, list) and _is_about_tools(item)
+        for item in value
     )
-    return ValueError(f"unknown format with the columns {found or 'none'}; expected {expected}")

@@ -34,6 +34,7 @@ class EncoderSettings:
         control_ids (`dict[str, int]`): The control tokens, which no text may give.
         renumber (`dict[int, int]`): Ids of `backend` that the tokenizer numbers otherwise.
         split_pattern (`str`): Our own splitting pattern.
+        unknown_id (`int`, *optional*): The token of letters that the vocabulary lacks, which text may give.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class EncoderSettings:
     control_ids: dict[str, int]
     renumber: dict[int, int]
     split_pattern: str
+    unknown_id: int | None = None
 
 
 def encoder_settings(tokenizer: Any) -> EncoderSettings:
@@ -50,7 +52,9 @@ def encoder_settings(tokenizer: Any) -> EncoderSettings:
 
     plain = PlainEncoder.from_tokenizer(tokenizer)
     dtype = token_dtype(len(tokenizer)).str
-    return EncoderSettings(plain.backend.to_str(), dtype, plain.control_ids, plain.renumber, SPLIT_PATTERN)
+    return EncoderSettings(
+        plain.backend.to_str(), dtype, plain.control_ids, plain.renumber, SPLIT_PATTERN, plain.unknown_id
+    )
 
 
 class _ControlToken(Exception):
@@ -122,7 +126,7 @@ class DocumentEncoder:
 
         self._settings = settings
         self._dtype = np.dtype(settings.dtype)
-        self._forbidden = frozenset(settings.control_ids.values())
+        self._forbidden = frozenset(settings.control_ids.values()) - {settings.unknown_id}
         self._backend = Tokenizer.from_str(settings.backend)
         self.fast = _splits_like(json.loads(settings.backend), settings.split_pattern) and not settings.renumber
         if self.fast:
@@ -155,7 +159,8 @@ class DocumentEncoder:
         if not self._forbidden.isdisjoint(ids):  # rare, and what mends it brings transformers and torch with it
             from hf_scratch_gpt.model.tokenization_scratch_gpt import PlainEncoder
 
-            ids = PlainEncoder(self._backend, self._settings.control_ids, renumber).encode(text)[0]
+            settings = self._settings
+            ids = PlainEncoder(self._backend, settings.control_ids, renumber, settings.unknown_id).encode(text)[0]
         return np.array(ids, self._dtype)
 
     def _encode_fast(self, text: str) -> np.ndarray:

@@ -32,6 +32,9 @@ class TuningArguments:
             no other held-out data; 0 trains on all of it and measures nothing held out.
         allow_dropped_rows (`bool`, *optional*, defaults to `False`): Go on when more than 1% of the rows are longer
             than `max_length`.
+        allow_rejected_rows (`bool`, *optional*, defaults to `False`): Go on when more than 1% of the rows are
+            malformed; `rejected.jsonl` in the run folder lists every row that is left out. (`ppo`, whose rows are
+            prompts, names the first and stops.)
         peft (`str`, *optional*, defaults to `"lora"`): `"lora"` trains low-rank adapters and merges them at the end
             (Hu et al. 2021, https://huggingface.co/papers/2106.09685); `"none"` trains all weights.
         lora_r (`int`, *optional*, defaults to `16`): Rank.
@@ -73,6 +76,9 @@ class TuningArguments:
     )
     allow_dropped_rows: bool = dataclasses.field(
         default=False, metadata={"help": "Go on when more than one row in a hundred is longer than max_length."}
+    )
+    allow_rejected_rows: bool = dataclasses.field(
+        default=False, metadata={"help": "Go on when more than one row in a hundred is malformed."}
     )
     peft: str = dataclasses.field(default="lora", metadata={"help": "lora (merged at the end) or none (all weights)."})
     lora_r: int = dataclasses.field(default=16, metadata={"help": "Rank of the adapters."})

@@ -6,8 +6,11 @@ import logging
 
 import pytest
 from finetuning_tiny import make_base, make_rows, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from hf_scratch_gpt.data.formats import read_conversations
 from hf_scratch_gpt.finetuning.sft import Arguments
 from hf_scratch_gpt.finetuning.tokenise import (
     AnswerEncoder,
@@ -77,6 +80,20 @@ def test_a_template_that_renders_a_prompt_differently_before_an_answer_is_refuse
     changed.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="marks no assistant tokens"):
         AnswerEncoder(changed)(say("user", "hi"), say("assistant", "yes"))
+
+
+def test_what_a_template_marks_of_the_prompt_is_not_trained(tokenizer):
+    """As TRL's training template of Qwen2.5 marks the line break that the prompt ends with."""
+    changed = copy.deepcopy(tokenizer)
+    old = "{{ '<|im_start|>assistant\\n' }}\n{%- generation -%}"
+    assert old in tokenizer.chat_template
+    changed.chat_template = tokenizer.chat_template.replace(
+        old, "{{ '<|im_start|>assistant' }}\n{%- generation -%}{{ '\\n' -}}"
+    )
+    encode = AnswerEncoder(changed)
+    for _ in range(2):
+        answer = encode(say("user", "hi"), say("assistant", "yes"))
+        assert answer == AnswerEncoder(tokenizer)(say("user", "hi"), say("assistant", "yes"))
 
 
 def test_a_preference_shares_its_prompt_and_splits_at_the_answers(tokenizer):
@@ -150,3 +167,115 @@ def test_heldout_rows_are_split_off_and_disjoint(tokenizer, tmp_path):
     assert (len(train), len(heldout), len(train & heldout)) == (30, 10, 0)
     arguments.heldout_fraction = 0.0
     assert load_examples(arguments, "conversations", conversation_encoder(tokenizer), 96).heldout is None
+
+
+def with_faults(path, count, faults):
+    rows = [json.dumps(row) for row in make_rows(count)]
+    for number, row in faults.items():
+        rows[number - 1] = row
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def long_row():
+    return json.dumps({"prompt": "x" * 500, "completion": "y"})
+
+
+def test_all_that_is_left_out_is_listed_in_the_run_folder(tokenizer, tmp_path):
+    source = with_faults(tmp_path / "data.jsonl", 300, {7: "{", 8: long_row(), 9: '{"prompt": "a", "completion": ""}'})
+    arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
+    examples = load_examples(arguments, "conversations", conversation_encoder(tokenizer), 96)
+    assert (len(examples.train), examples.dropped, examples.rejected) == (297, 1, 2)
+    listed = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert sorted((row["row"], row["kind"]) for row in listed) == [
+        ("line 7", "malformed"),
+        ("line 8", "too long"),
+        ("line 9", "useless"),
+    ]
+    assert {row["file"] for row in listed} == {source}
+
+
+def test_a_second_data_set_adds_to_the_list_and_a_resumed_run_repeats_nothing(tokenizer, tmp_path):
+    lists = []
+    for name in ("first", "second", "first"):
+        source = with_faults(tmp_path / f"{name}.jsonl", 300, {7: "{"})
+        arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
+        load_examples(arguments, "conversations", conversation_encoder(tokenizer), 96)
+        lines = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+        lists.append([json.loads(line)["file"].removeprefix(f"{tmp_path}/") for line in lines])
+    assert lists == [["first.jsonl"], ["first.jsonl", "second.jsonl"], ["first.jsonl", "second.jsonl"]]
+
+
+def test_what_stops_a_run_is_listed_too_and_may_be_allowed(tokenizer, tmp_path):
+    source = with_faults(tmp_path / "data.jsonl", 100, {7: "{", 20: "[]"})
+    arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
+    encode = conversation_encoder(tokenizer)
+    with pytest.raises(ValueError, match=r"line 7: not valid JSON .*line 20: expected an object.*allow_rejected_rows"):
+        load_examples(arguments, "conversations", encode, 96)
+    assert len((tmp_path / "run" / "rejected.jsonl").read_text().splitlines()) == 2
+    arguments.allow_rejected_rows = True
+    assert len(load_examples(arguments, "conversations", encode, 96).train) == 98
+
+
+def test_a_row_that_the_template_refuses_is_malformed_by_its_place_in_the_file(tokenizer, tmp_path):
+    changed = copy.deepcopy(tokenizer)
+    refusal = "{%- if messages[0].content == 'no' -%}{{ raise_exception('we do not say no') }}{%- endif -%}"
+    changed.chat_template = refusal + tokenizer.chat_template
+    source = with_faults(tmp_path / "data.jsonl", 100, {50: '{"prompt": "no", "completion": "yes"}'})
+    arguments = Arguments(output_dir=str(tmp_path / "run"), dataset=source, heldout_fraction=0.0)
+    examples = load_examples(arguments, "conversations", conversation_encoder(changed), 96)
+    assert (len(examples.train), examples.rejected) == (99, 1)
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert (row["row"], row["reason"]) == (
+        "line 50",
+        "the chat template refuses this conversation: we do not say no",
+    )
+
+
+def test_the_answers_of_one_conversation_stay_on_one_side_of_the_split(tokenizer, tmp_path):
+    rows = [
+        {
+            "messages": [
+                *say("user", f"{n} one"),
+                *say("assistant", "a"),
+                *say("user", f"{n} two"),
+                *say("assistant", "b"),
+            ]
+        }
+        for n in range(10)
+    ]
+    arguments = Arguments(output_dir="out", dataset=write_rows(tmp_path / "d.jsonl", rows), heldout_fraction=0.3)
+    examples = load_examples(arguments, "conversations", conversation_encoder(tokenizer), 96)
+    assert (len(examples.train), len(examples.heldout)) == (14, 6)
+    firsts = [{tokenizer.decode(ids)[:25] for ids in part["input_ids"]} for part in (examples.train, examples.heldout)]
+    assert [len(part) for part in firsts] == [7, 3]
+    assert not firsts[0] & firsts[1]
+
+
+ANSWERS = st.text(max_size=12) | st.sampled_from(["\n\nyes", " yes ", "<|im_end|>", "\r\n", "<tool_call>"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_each_turn_of_a_conversation_is_trained_exactly_once(tokenizer, data):
+    """Over the rows that a conversation becomes; calls of tools are turns like others, and their results are not."""
+    messages, written = [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        messages += say("user", "ask" + data.draw(ANSWERS))
+        if data.draw(st.booleans()):
+            arguments = {"text": data.draw(ANSWERS)}
+            call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+            messages += [{"role": "assistant", "content": None, "tool_calls": [call]}, *say("tool", "found")]
+            arguments_text = json.dumps(arguments, ensure_ascii=False)
+            written.append(f'<tool_call>\n{{"name": "look", "arguments": {arguments_text}}}\n</tool_call><|im_end|>')
+        answer = "so" + data.draw(ANSWERS) if data.draw(st.booleans()) else data.draw(ANSWERS) + "so"
+        messages += say("assistant", answer)
+        written.append(answer + "<|im_end|>")
+    tools = [{"name": "look", "parameters": {}}]
+    encode, trained = conversation_encoder(tokenizer), []
+    for row in read_conversations({"messages": messages, "tools": tools}):
+        encoded = encode(row)
+        trained.append(tokenizer.decode([token for token in encoded["labels"] if token != -100]))
+        prompt = encode_conversation(tokenizer, row["prompt"], add_generation_prompt=True, tools=row["tools"])
+        assert encoded["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
+    assert trained == written

@@ -1,6 +1,7 @@
 """Each fault that is planted in a model's code, tokenizer or settings fails its own checks and no others."""
 
 import pytest
+import template_faults
 from doctor_tiny import make_tokenizer, names, outcomes_of, shrunk, write, write_with_code
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
@@ -195,41 +196,9 @@ def test_rope_buffers_lost_on_reload_are_seen_in_a_fresh_process(tmp_path):
     assert "model.rotary_emb.inv_freq" in outcomes["round-trip"].measured
 
 
-def _pad_is_end(model, tokenizer):
-    tokenizer.pad_token = tokenizer.eos_token
-
-
 def _pad_is_end_everywhere(model, tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.eos_token_id
-
-
-def _end_outside_mask(model, tokenizer):
-    old = "{{ '<|im_end|>' }}\n{%- endgeneration -%}"
-    _replace_in_template(tokenizer, old, "{%- endgeneration -%}\n{{ '<|im_end|>' }}")
-
-
-def _replace_in_template(tokenizer, old, new):
-    assert old in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-
-
-def _no_end_token(model, tokenizer):
-    _replace_in_template(tokenizer, "{{ '<|im_end|>' }}\n{%- endgen", "{%- endgen")
-
-
-def _another_prompt(model, tokenizer):
-    old = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant"
-    _replace_in_template(tokenizer, old, "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant:")
-
-
-def _user_unheard(model, tokenizer):
-    _replace_in_template(tokenizer, "message.role + '\\n' + text_of(message)", "message.role + '\\n'")
-
-
-def _two_beginnings(model, tokenizer):
-    tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.chat_template = "{{ bos_token + bos_token }}" + tokenizer.chat_template
 
 
 def _space_in_front(model, tokenizer):
@@ -249,17 +218,15 @@ def _another_end(model, tokenizer):
 
 
 OTHER_FAULTS = {
-    _pad_is_end: {"special-tokens"},
     _pad_is_end_everywhere: {"special-tokens", "generation-config"},
-    _end_outside_mask: {"chat-trained-mask"},
-    _no_end_token: {"chat-end-token"},
-    _another_prompt: {"chat-generation-prompt"},
-    _user_unheard: {"chat-roles"},
-    _two_beginnings: {"chat-bos"},
     _space_in_front: {"tokenizer-round-trip"},
     _too_many_tokens: {"token-ids"},
     _length_beyond_the_context: {"generation-config"},
     _another_end: {"generation-config", "chat-end-token"},
+}
+# Those of the template that the doctor of models looks for too, one for each check.
+TEMPLATE_FAULTS = {
+    check: plant for plant, check in template_faults.FAULTS.items() if check in {check.name for check in CHECKS}
 }
 
 
@@ -269,6 +236,14 @@ def test_a_fault_in_tokenizer_or_settings_fails_its_own_checks(plant, tmp_path):
     plant(model, tokenizer)
     outcomes = outcomes_of(write(model, tmp_path, tokenizer))
     assert names(outcomes, "fail") == OTHER_FAULTS[plant], [outcomes[name] for name in names(outcomes, "fail")]
+
+
+@pytest.mark.parametrize("check", TEMPLATE_FAULTS)
+def test_a_fault_in_the_chat_template_fails_its_own_check(check, tmp_path):
+    model, tokenizer = shrunk("modern-5m"), make_tokenizer()
+    TEMPLATE_FAULTS[check](tokenizer)
+    outcomes = outcomes_of(write(model, tmp_path, tokenizer))
+    assert names(outcomes, "fail") == {check}, [outcomes[name] for name in names(outcomes, "fail")]
 
 
 def test_an_encoder_that_trusts_the_user_is_seen(monkeypatch, tmp_path):
@@ -291,7 +266,9 @@ def test_a_damaged_tokenizer_is_one_failure_and_skips_what_needs_it(tmp_path):
 
 def test_every_check_has_a_fault_that_it_finds():
     elsewhere = {"round-trip", "chat-control-tokens", "tokenizer-loads", "checkpoint-complete"}  # tests of their own
-    planted = set().union(elsewhere, *(fault[1] for fault in CODE_FAULTS.values()), *OTHER_FAULTS.values())
+    planted = set().union(
+        elsewhere, *(fault[1] for fault in CODE_FAULTS.values()), *OTHER_FAULTS.values(), TEMPLATE_FAULTS
+    )
     assert planted == {check.name for check in CHECKS}
 
 

@@ -86,8 +86,6 @@ def test_no_message_tool_or_argument_can_write_a_control_token(tokenizer, texts,
 @EXAMPLES
 @given(text=HOSTILE_TEXT)
 def test_hostile_content_stands_in_the_conversation_letter_by_letter(tokenizer, text):
-    # The line break that the template writes before an answer may be one token with white space that begins it.
-    assume(not text[:1].isspace())
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     encoded = encode_conversation(tokenizer, messages)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -101,15 +99,29 @@ def test_hostile_content_stands_in_the_conversation_letter_by_letter(tokenizer, 
 @given(texts=st.lists(BENIGN_TEXT, min_size=1, max_size=5), prompt=st.booleans())
 def test_benign_conversations_are_encoded_as_by_the_template(tokenizer, texts, prompt):
     roles = ["system", "user", "assistant", "user", "assistant"]
+    assume(not any(text[:1].isspace() for text in texts[2::2]))  # the next test's question
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
     assert encode_conversation(tokenizer, messages, add_generation_prompt=prompt)["input_ids"] == expected
 
 
+def test_no_token_reaches_across_the_beginning_of_an_answer(tokenizer):
+    """In the rendered text the template's line break and the answer's may be one token, which chat never reads."""
+    question = [{"role": "user", "content": "Why?"}]
+    prompt = encode_conversation(tokenizer, question, add_generation_prompt=True)["input_ids"]
+    for answer in ("\n\nBecause.", "\n", " so", "<|im_end|>\n"):
+        messages = [*question, {"role": "assistant", "content": answer}]
+        encoded = encode_conversation(tokenizer, [*messages, *messages])
+        assert encoded["input_ids"][: len(prompt)] == prompt
+        assert encoded["assistant_masks"][: len(prompt) + 1] == [0] * len(prompt) + [1]
+        assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages * 2, tokenize=False)
+    rendered = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "\n\nx"}])["input_ids"]
+    assert rendered[: len(prompt)] != prompt, "this tokenizer does join them: the test tests something"
+
+
 @EXAMPLES
 @given(texts=st.lists(BENIGN_TEXT | HOSTILE_TEXT, min_size=4, max_size=4))
 def test_the_mask_is_every_answer_with_its_end_token_and_nothing_else(tokenizer, texts):
-    assume(not texts[1][:1].isspace() and not texts[3][:1].isspace())  # as above
     roles = ["user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     encoded = encode_conversation(tokenizer, messages)

@@ -19,14 +19,15 @@ _TURNS = [
 _ANSWER = _TURNS[-1]["content"]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> str:
+def render(tokenizer: Any, messages: list[dict[str, Any]], **settings: Any) -> str:
+    """The text that the chat template makes of messages."""
     return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
 
 
-def _messages(tokenizer: Any) -> list[dict[str, str]]:
-    """The conversation, without a system message where the template refuses one."""
+def conversation(tokenizer: Any) -> list[dict[str, Any]]:
+    """The conversation of all checks, without a system message where the template refuses one."""
     try:
-        _render(tokenizer, [_SYSTEM, *_TURNS])
+        render(tokenizer, [_SYSTEM, *_TURNS])
     except Exception:
         return _TURNS
     return [_SYSTEM, *_TURNS]
@@ -40,8 +41,8 @@ def _messages(tokenizer: Any) -> list[dict[str, str]]:
 def chat_roles(subject: Subject) -> Finding:
     """Whether the template renders system, user and assistant messages with all of their text."""
     tokenizer = subject.needs_chat_template()
-    messages = _messages(tokenizer)
-    text = _render(tokenizer, messages)
+    messages = conversation(tokenizer)
+    text = render(tokenizer, messages)
     lost = [message["role"] for message in messages if message["content"] not in text]
     refused = "" if messages[0] is _SYSTEM else "; refuses the role system"
     return Finding(not lost, f"not rendered: {', '.join(lost)}" if lost else f"{len(text)} characters{refused}")
@@ -55,12 +56,17 @@ def chat_roles(subject: Subject) -> Finding:
 def chat_generation_prompt(subject: Subject) -> Finding:
     """Whether a prompt with `add_generation_prompt` is how the whole conversation begins."""
     tokenizer = subject.needs_chat_template()
-    messages = _messages(tokenizer)
-    prompt, whole = _render(tokenizer, messages[:-1], add_generation_prompt=True), _render(tokenizer, messages)
+    messages = conversation(tokenizer)
+    prompt, whole = render(tokenizer, messages[:-1], add_generation_prompt=True), render(tokenizer, messages)
     if whole.startswith(prompt):
         return Finding(True, f"the answer is followed from {prompt[-20:]!r}")
     place = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
     return Finding(False, f"the prompt has {prompt[place : place + 20]!r} where the whole has {whole[place:][:20]!r}")
+
+
+def marks_answers(tokenizer: Any) -> bool:
+    """Whether the template says which part the assistant writes."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +80,8 @@ class _Answer:
 
 
 def _answer(tokenizer: Any) -> _Answer:
-    messages = _messages(tokenizer)
-    rendered = _render(tokenizer, messages)
+    messages = conversation(tokenizer)
+    rendered = render(tokenizer, messages)
     encoded = encode_conversation(tokenizer, messages)
     offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     start = rendered.rindex(_ANSWER)
@@ -83,6 +89,14 @@ def _answer(tokenizer: Any) -> _Answer:
     text = [place for place, (first, last) in enumerate(offsets) if first < stop and last > start]
     after = (place for place, (first, last) in enumerate(offsets) if first >= stop and rendered[first:last].strip())
     return _Answer(encoded["input_ids"], encoded["assistant_masks"], text, next(after, None))
+
+
+def _opening(tokenizer: Any, ids: list[int]) -> range:
+    """The places in `ids` of what `add_generation_prompt` opens the last answer with; none if they begin otherwise."""
+    asked = conversation(tokenizer)[:-1]
+    without = encode_conversation(tokenizer, asked)["input_ids"]
+    opened = encode_conversation(tokenizer, asked, add_generation_prompt=True)["input_ids"]
+    return range(len(without), len(opened)) if ids[: len(opened)] == opened else range(0)
 
 
 @CHECKS.add(
@@ -93,15 +107,16 @@ def _answer(tokenizer: Any) -> _Answer:
 def chat_trained_mask(subject: Subject) -> Finding:
     """Whether `{% generation %}` marks the assistant's text and nothing of the user's."""
     tokenizer = subject.needs_chat_template()
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+    if not marks_answers(tokenizer):
         raise Skipped("the template has no {% generation %}, so it tells no trained part")
     answer = _answer(tokenizer)
     untrained = tokenizer.decode([answer.ids[place] for place in answer.text if not answer.masks[place]])
-    prompt = sum(answer.masks[: answer.text[0]]) and answer.masks[answer.text[0] - 1]
+    opening = _opening(tokenizer, answer.ids)
+    prompt = tokenizer.decode([answer.ids[place] for place in opening if answer.masks[place]])
     end_is_trained = answer.end is None or answer.masks[answer.end] == 1
     return all_of(
         Finding(not untrained, f"not trained of the answer: {untrained!r}"),
-        Finding(not prompt, "what stands before the answer is trained"),
+        Finding(not prompt, f"trained before the answer: {prompt!r}"),
         Finding(end_is_trained, "the end token after the answer is not trained"),
         Finding(True, f"{len(answer.text)} tokens of the answer and its end are trained"),
     )
@@ -156,6 +171,6 @@ def chat_bos(subject: Subject) -> Finding:
     tokenizer = subject.needs_chat_template()
     if tokenizer.bos_token_id is None:
         raise Skipped("the tokenizer has no beginning-of-text token")
-    ids = tokenizer.apply_chat_template(_messages(tokenizer))["input_ids"]
+    ids = tokenizer.apply_chat_template(conversation(tokenizer))["input_ids"]
     count = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
     return Finding(count <= 1, f"{count} at the start")
