@@ -13,6 +13,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hf_scratch_gpt.finetuning.arguments import make_lora_config
 
@@ -103,7 +104,8 @@ def initialise_prefix(model: Any, token_ids: list[int]) -> None:
     ids = torch.tensor([(token_ids * count)[:count]], device=model.device)
     base, was_training = model.get_base_model(), model.training
     base.eval()
-    cache = base(input_ids=ids, use_cache=True).past_key_values
+    # Of layers with a window too PEFT's cache holds all of the prefix, so ask for a plain one.
+    cache = base(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
     base.train(was_training)
     # PEFT's layout: (virtual tokens, layers x (key, value) x heads x head_dim)
     parts = [part[0].transpose(0, 1) for layer in cache.layers for part in (layer.keys, layer.values)]
