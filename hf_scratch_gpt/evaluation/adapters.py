@@ -180,7 +180,7 @@ def attach(peft_class: Any, model: Any, folder: str | Path, base: str) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return peft_class.from_pretrained(model, folder)
-    except UserWarning as error:
+    except (UserWarning, KeyError) as error:
         raise ValueError(f"{folder}: lacks weights that its config asks for ({str(error)[:160]})") from error
     except (RuntimeError, ValueError) as error:  # torch's message for shapes that differ spans many lines
         reason = " ".join(str(error).split())
