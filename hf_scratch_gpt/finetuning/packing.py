@@ -15,8 +15,9 @@ from hf_scratch_gpt.data.masking import IGNORED
 from hf_scratch_gpt.data.packing import best_fit_decreasing
 from hf_scratch_gpt.runs.process import exact_products
 
-# Rounding moved hidden states by 1e-6 of their size in fp32; a document that sees another moves them by 1e-2 and more.
-_TOLERANCE = 1e-3
+# Rounding moves a hidden state by 1e-6 of its length in fp32, and by 1e-2 where products are in bf16; a document
+# that sees another moves it by about its length.
+_TOLERANCE, _COARSE_TOLERANCE = 1e-3, 5e-2
 # Two rows, since an attention kernel may know the boundaries in one row and not in several.
 _CHECKED_LENGTHS = ((5, 9, 2), (3, 6, 7))
 
@@ -109,8 +110,10 @@ def keeps_documents_apart(model: Any) -> bool:
             alone = [torch.cat([_hidden_states(trunk, [[one]])[0] for one in row]) for row in documents]
     finally:
         model.train(was_training)
-    error = max((ours - theirs).abs().max().item() for ours, theirs in zip(packed, alone, strict=True))
-    return error <= _TOLERANCE * max(1.0, packed.abs().max().item())
+    expected = torch.stack(alone)
+    error = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max().item()
+    is_exact = all(weight.dtype == torch.float32 for weight in trunk.parameters())
+    return error <= (_TOLERANCE if is_exact else _COARSE_TOLERANCE)
 
 
 def _random_ids(model: Any, length: int, device: torch.device) -> torch.Tensor:
