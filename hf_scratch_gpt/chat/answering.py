@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.generation.streamers import BaseStreamer
 
 import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
+from hf_scratch_gpt.evaluation.adapters import find_base, is_adapter, load_adapter, tokenizer_source
 from hf_scratch_gpt.evaluation.generation import end_token_ids, suppressed_token_ids
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
 from hf_scratch_gpt.runs import read_metrics
@@ -214,7 +215,9 @@ def _talking_runs(root: Path) -> list[tuple[str, Path]]:
     """(stage, folder) of the finished runs below `root` that one can talk to, the most aligned and newest first."""
     found = []
     for folder in root.iterdir():
-        if folder.suffix == ".old" or not (folder / METRICS).is_file() or not (folder / "config.json").is_file():
+        if folder.suffix == ".old" or not (folder / METRICS).is_file():
+            continue
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
             continue
         metrics = read_metrics(folder)
         if metrics.get("stage") in TALKING_STAGES:
@@ -234,17 +237,20 @@ def load_chat_model(source: str, trust_remote_code: bool = False) -> ChatModel:
     """
     _check_is_language_model(source, trust_remote_code)
     has_gpu = torch.cuda.is_available()
-    with loading(source, "model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype="auto" if has_gpu else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    check_whole(source, info)
+    settings: dict[str, Any] = {
+        "dtype": "auto" if has_gpu else torch.float32,
+        "trust_remote_code": trust_remote_code,
+    }
+    if is_adapter(source):
+        model = load_adapter(AutoModelForCausalLM, source, **settings)
+    else:
+        with loading(source, "model"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, **settings
+            )
+        check_whole(source, info)
     with loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(source), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"{source}: has no fast tokenizer (tokenizer.json), which safe encoding of messages needs")
     check_tokens_fit(source, model, tokenizer)
@@ -254,11 +260,10 @@ def load_chat_model(source: str, trust_remote_code: bool = False) -> ChatModel:
 def _check_is_language_model(source: str, trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        return  # an adapter
+    model = find_base(source) if is_adapter(source) else source
     try:
-        with loading(source, "config"):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with loading(model, "config"):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_scratch_gpt.evaluation.adapters import without_prefix
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
 from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
@@ -104,7 +105,8 @@ class _Batch:
     """Prompts that are decoded together with a key-value cache, left-padded; rows that have ended are dropped."""
 
     def __init__(self, model: Any, encoded: Sequence[Sequence[int]], ends: Sequence[int], suppressed: Sequence[int]):
-        self.model, device = model, model.device
+        device = model.device
+        self.model, self.cache, virtual = without_prefix(model, len(encoded))
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
         width = max(len(token_ids) for token_ids in encoded)
@@ -113,10 +115,10 @@ class _Batch:
         self.input_ids = torch.tensor(rows, device=device)
         columns = torch.arange(width, device=device)[None]
         self.mask = (columns >= torch.tensor(pads, device=device)[:, None]).long()
-        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0) + virtual
+        self.mask = torch.nn.functional.pad(self.mask, (virtual, 0), value=1)
         self.alive = torch.arange(len(rows), device=device)
-        self.cache: Any = None
-        self.cache_argument = cache_argument(model)
+        self.cache_argument = cache_argument(self.model)
 
     def next_logits(self) -> torch.Tensor:
         """Logits (alive rows x vocabulary) of the next token, in fp32, with suppressed tokens at minus infinity."""

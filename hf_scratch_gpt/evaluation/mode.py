@@ -27,5 +27,15 @@ def measuring(model: Any) -> Iterator[None]:
 
 
 def context_length_of(model: Any) -> int | None:
-    """Number of positions that `model` was built for (`max_position_embeddings`), or `None` if it does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    """Number of positions that `model` has for text (`max_position_embeddings`), or `None` if it does not say.
+
+    A tuned prefix takes its share of them.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    return None if context is None else context - virtual_tokens_of(model)
+
+
+def virtual_tokens_of(model: Any) -> int:
+    """Tokens that a PEFT model puts before every text: those of a tuned prefix, or 0."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0

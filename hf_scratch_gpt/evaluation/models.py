@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hf_scratch_gpt.evaluation.adapters import find_base, is_adapter, labels_of, load_adapter, tokenizer_source
 from hf_scratch_gpt.runs.loading import check_language_model, check_tokens_fit, check_whole, loading
 
 
@@ -37,7 +38,7 @@ def check_one_label(folder: str) -> None:
     Raises:
         OSError, ValueError: if there is no model, or it has more than one label.
     """
-    labels = load_config(folder).num_labels
+    labels = labels_of(folder) if is_adapter(folder) else load_config(folder).num_labels
     if labels != 1:
         raise ValueError(f"{folder}: a reward model has one label, this one has {labels}")
 
@@ -53,8 +54,9 @@ def load_config(folder: str) -> Any:
     import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 
     require_folder(folder)
-    with loading(folder, "config"):
-        return AutoConfig.from_pretrained(folder)
+    source = find_base(folder) if is_adapter(folder) else folder
+    with loading(source, "config"):
+        return AutoConfig.from_pretrained(source)
 
 
 def _load(auto_class: Any, folder: str, **settings: Any) -> tuple[Any, Any]:
@@ -64,13 +66,16 @@ def _load(auto_class: Any, folder: str, **settings: Any) -> tuple[Any, Any]:
     import hf_scratch_gpt.model  # noqa: F401  registers our classes with the Auto classes
 
     require_folder(folder)
-    with loading(folder, "model"):
-        model, info = auto_class.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
-        )
-    check_whole(folder, info)
+    if is_adapter(folder):
+        model = load_adapter(auto_class, folder, dtype=torch.float32, **settings)
+    else:
+        with loading(folder, "model"):
+            model, info = auto_class.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+            )
+        check_whole(folder, info)
     with loading(folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(folder))
     check_tokens_fit(folder, model, tokenizer)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
@@ -85,7 +90,7 @@ def require_folder(folder: str) -> None:
     path = Path(folder)
     if path.is_file():
         raise ValueError(f"{folder}: expected a model folder, found a file")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file() and not is_adapter(path):
         raise FileNotFoundError(f"{folder}: holds no model (it has no config.json)")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or len(path.parts) != 2):
         raise FileNotFoundError(f"{folder}: no such model folder")

@@ -14,7 +14,7 @@ from hf_scratch_gpt.runs.hardware import has_fast_bf16
 from hf_scratch_gpt.runs.process import set_up_stage
 from hf_scratch_gpt.runs.values import nearest
 
-_PEFT_CHOICES = ("lora", "none")
+_ALL_METHODS = ("lora", "dora", "none", "qlora", "prefix", "adapter")
 
 
 @dataclasses.dataclass
@@ -36,7 +36,8 @@ class TuningArguments:
             malformed; `rejected.jsonl` in the run folder lists every row that is left out. (`ppo`, whose rows are
             prompts, names the first and stops.)
         peft (`str`, *optional*, defaults to `"lora"`): `"lora"` trains low-rank adapters and merges them at the end
-            (Hu et al. 2021, https://huggingface.co/papers/2106.09685); `"none"` trains all weights.
+            (Hu et al. 2021, https://huggingface.co/papers/2106.09685); `"dora"` gives them magnitudes of their own
+            (Liu et al. 2024, https://huggingface.co/papers/2402.09353); `"none"` trains all weights. `sft` has more.
         lora_r (`int`, *optional*, defaults to `16`): Rank.
         lora_alpha (`int`, *optional*, defaults to `32`): The update is scaled by `lora_alpha / lora_r`.
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
@@ -55,6 +56,7 @@ class TuningArguments:
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "dataset", "eval_dataset")
+    peft_methods: ClassVar[tuple[str, ...]] = ("lora", "dora", "none")
 
     # TrainingArguments turns a missing folder into "trainer_output"; "" is told apart from it and refused.
     output_dir: str = dataclasses.field(default="", metadata={"help": "Folder that the stage writes."})
@@ -80,7 +82,9 @@ class TuningArguments:
     allow_rejected_rows: bool = dataclasses.field(
         default=False, metadata={"help": "Go on when more than one row in a hundred is malformed."}
     )
-    peft: str = dataclasses.field(default="lora", metadata={"help": "lora (merged at the end) or none (all weights)."})
+    peft: str = dataclasses.field(
+        default="lora", metadata={"help": "lora or dora (merged at the end), none (all weights)."}
+    )
     lora_r: int = dataclasses.field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = dataclasses.field(default=32, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
@@ -126,8 +130,9 @@ class TuningArguments:
 
     def _check(self) -> None:
         check_trackers(self.report_to)
-        if self.peft not in _PEFT_CHOICES:
-            raise ValueError(f"'peft' is '{self.peft}', expected one of {', '.join(_PEFT_CHOICES)}")
+        if self.peft not in self.peft_methods:
+            known = "; the others are for sft alone" if self.peft in _ALL_METHODS else nearest(self.peft, _ALL_METHODS)
+            raise ValueError(f"'peft' is '{self.peft}', expected one of {', '.join(self.peft_methods)}{known}")
         if self.lora_r < 1:
             raise ValueError(f"'lora_r' is {self.lora_r}, expected at least 1")
         if not 0 <= self.heldout_fraction < 1:
@@ -178,6 +183,7 @@ def make_lora_config(arguments: Any, task_type: str, model: Any, modules_to_save
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.peft == "dora",
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type=task_type,
         modules_to_save=[*modules_to_save, *arguments.lora_modules_to_save] or None,

@@ -4,13 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
+from hf_scratch_gpt.evaluation.adapters import MERGED_ADAPTERS, adapter_digest, attach, is_adapter, record_base
 from hf_scratch_gpt.runs.loading import check_tokens_fit, check_whole, check_writes_text, loading, quiet
 from hf_scratch_gpt.runs.process import exact_products
 
 ADAPTER_FOLDER = "adapter"
+# By PEFT's name: what cannot be merged into the weights, in words.
+UNMERGEABLE = {"PREFIX_TUNING": "prefix tuning", "BOTTLENECK": "bottleneck adapters"}
 # Merging adds the low-rank update to the weight before instead of after the product: equal up to fp32 rounding, which
 # was 1e-6 of the logits' scale; a forward that is still in bf16 autocast shows as 3e-3.
 MERGE_TOLERANCE = 1e-4
@@ -27,6 +36,8 @@ def check_model_source(source: str) -> None:
     if path.is_file():
         raise ValueError(f"{source}: expected a model folder, found a file")
     if path.is_dir():
+        if is_adapter(path):
+            raise ValueError(f"{source}: an adapter without a model; tune its base, or what `scratch-gpt merge` makes")
         if not (path / "config.json").is_file():
             raise ValueError(f"{source}: not a model folder (it has no config.json)")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -55,6 +66,8 @@ def load_tokenizer(source: str) -> Any:
 def load_model(auto_class: Any, source: str, tokenizer: Any = None, **options: Any) -> Any:
     """`auto_class.from_pretrained(source)` in fp32 on the CPU, aligned with `tokenizer`; remote code stays off.
 
+    `options` of `from_pretrained` may say otherwise, such as a quantisation.
+
     Raises:
         OSError, ValueError: if it cannot be loaded, lacks weights (a classifier's head may be new), or has fewer
             embeddings than the tokenizer has tokens.
@@ -62,7 +75,7 @@ def load_model(auto_class: Any, source: str, tokenizer: Any = None, **options: A
     check_model_source(source)
     with loading(source, "model"):
         model, info = auto_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            source, **{"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **options}
         )
     head_may_be_new = auto_class is AutoModelForSequenceClassification
     check_whole(source, info, lambda name: head_may_be_new and not name.startswith(f"{model.base_model_prefix}."))
@@ -142,6 +155,8 @@ def merge_adapter(model: Any, input_ids: torch.Tensor) -> Any:
 def save_tuned(model: Any, tokenizer: Any, folder: str | Path, sample: list[list[int]]) -> Any:
     """Write a complete model folder: the merged model, its tokenizer and generation config, and `adapter/` if any.
 
+    An adapter that cannot be merged is the folder itself, without a model: the base that it names is that.
+
     Args:
         model: The trained model, a `PeftModel` or a plain one.
         tokenizer: Saved beside it.
@@ -149,21 +164,53 @@ def save_tuned(model: Any, tokenizer: Any, folder: str | Path, sample: list[list
         sample: Rows of token ids on which the merge is checked.
 
     Returns:
-        The plain model that was saved.
+        The plain model that was saved, or the `PeftModel` of what cannot be merged.
 
     Raises:
         ValueError: if the merge changes the logits.
     """
     folder = Path(folder)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder / ADAPTER_FOLDER)
-        (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # peft's card template, unfilled
-        model = merge_adapter(model, _rectangle(sample))
+        if model.active_peft_config.peft_type in UNMERGEABLE:
+            return _save_unmerged(model, tokenizer, folder)
+        save_adapter(model, folder / ADAPTER_FOLDER)
+        merged_before = list(getattr(model.config, MERGED_ADAPTERS, None) or [])
+        model = merge_adapter(_on_exact_base(model, folder / ADAPTER_FOLDER), _rectangle(sample))
+        model.config.update({MERGED_ADAPTERS: [*merged_before, adapter_digest(folder / ADAPTER_FOLDER)]})
     vars(model).pop("forward", None)  # TRL bound its own to the instance
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # the Trainer switched it off for training
     save_model(model, tokenizer, folder)
     return model
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a `PeftModel`'s adapter, and what its base is known by."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card template, unfilled
+    record_base(folder, model.active_peft_config.base_model_name_or_path)
+
+
+def _save_unmerged(model: Any, tokenizer: Any, folder: Path) -> Any:
+    base = model.get_base_model()
+    vars(base).pop("forward", None)  # TRL bound its own to the instance
+    if hasattr(base.config, "use_cache"):
+        base.config.use_cache = True  # the Trainer switched it off for training
+    align_tokens(base, tokenizer)
+    save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+    generation_config_for(tokenizer).save_pretrained(folder)
+    return model
+
+
+def _on_exact_base(model: Any, adapter: Path) -> Any:
+    """The same adapter on its base in fp32, if it was trained on a base in 4 bits: into that nothing can be merged."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return model
+    from peft import PeftModel
+
+    source = model.active_peft_config.base_model_name_or_path
+    return attach(PeftModel, load_model(AutoModelForCausalLM, source), adapter, source)
 
 
 def align_tokens(model: Any, tokenizer: Any) -> None:

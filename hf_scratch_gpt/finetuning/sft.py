@@ -1,12 +1,14 @@
 """Supervised fine-tuning on conversations: `scratch-gpt sft recipe.yaml`.
 
 The loss is on the assistant's tokens and its end token only; TRL's `SFTTrainer` trains low-rank adapters, which are
-merged at the end, so that the output is a plain model folder (the adapter stays in `adapter/`).
+merged at the end, so that the output is a plain model folder (the adapter stays in `adapter/`). `--peft` chooses
+another method (see `methods`). Examples are packed into windows (see `packing`), and attend to themselves alone.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -17,29 +19,71 @@ from hf_scratch_gpt.finetuning._compat import (
     score_only_trained_positions,
     use_linear_cross_entropy,
 )
-from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
+from hf_scratch_gpt.finetuning.arguments import TuningArguments, trainer_arguments
+from hf_scratch_gpt.finetuning.methods import (
+    check_method,
+    initialise_prefix,
+    make_peft_config,
+    prepare_quantized,
+    quantization_settings,
+)
 from hf_scratch_gpt.finetuning.models import (
     context_length,
     load_model,
     load_tokenizer,
 )
+from hf_scratch_gpt.finetuning.packing import PackedCollator, keeps_documents_apart, pack, padding_share
 from hf_scratch_gpt.finetuning.scoring import score_answers
 from hf_scratch_gpt.finetuning.tokenise import conversation_encoder, load_examples
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save, train_in_blocks
 from hf_scratch_gpt.runs import StageRun
+
+logger = logging.getLogger(__name__)
 
 _ROWS_LOOKED_AT = 100
 
 
 @dataclasses.dataclass
 class SFTArguments(TuningArguments, SFTConfig):
-    """Settings of `sft`: `TuningArguments` and all of TRL's `SFTConfig`."""
+    """Settings of `sft`: `TuningArguments` and all of TRL's `SFTConfig`.
+
+    Args:
+        peft (`str`, *optional*, defaults to `"lora"`): `"lora"`, `"dora"`, `"none"`, `"qlora"`, `"prefix"` or
+            `"adapter"`; see `methods`.
+        packing (`bool`, *optional*, defaults to `True`): A row of a batch is a window of up to `max_length` tokens
+            with as many whole examples as fit; off: a row is one example, in batches of like length.
+        prefix_tokens (`int`, *optional*, defaults to `16`): Length of the prefix of prefix tuning, which the context
+            loses.
+        adapter_size (`int`, *optional*, defaults to `16`): Width of a bottleneck adapter.
+    """
+
+    peft_methods: ClassVar[tuple[str, ...]] = ("lora", "dora", "none", "qlora", "prefix", "adapter")
+
+    peft: str = dataclasses.field(
+        default="lora", metadata={"help": "lora, dora, qlora (all merged), none (all weights), prefix or adapter."}
+    )
+    packing: bool = dataclasses.field(
+        default=True, metadata={"help": "Pack examples into windows of max_length tokens; they do not see each other."}
+    )
+    prefix_tokens: int = dataclasses.field(default=16, metadata={"help": "Tokens of the prefix of prefix tuning."})
+    adapter_size: int = dataclasses.field(default=16, metadata={"help": "Width of bottleneck adapters."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("packing", "padding_free"):
-            if getattr(self, name):
-                raise ValueError(f"'{name}' is not supported: batches hold rows of like length instead")
+        if self.padding_free:
+            raise ValueError("'padding_free' is not supported: packing leaves little padding, in rows of one window")
+        for name in ("prefix_tokens", "adapter_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"'{name}' is {getattr(self, name)}, expected at least 1")
+
+    def check_inputs(self) -> None:
+        """Refuse settings without a model or data, and a method that this machine does not allow.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        super().check_inputs()
+        check_method(self)
 
 
 Arguments = SFTArguments
@@ -54,6 +98,12 @@ class ConversationTrainer(LengthGrouping, SFTTrainer):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         let_head_have_no_bias(self.model)
         use_linear_cross_entropy(self)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with its count of tokens put right: of rows without a mask it counts one, and resuming loses it."""
+        if self.model.training and self.args.include_num_input_tokens_seen != "no":
+            self._metrics["train"]["num_tokens"] = [int(self.state.num_input_tokens_seen)]
+        super().log(logs, start_time)
 
 
 def run(arguments: SFTArguments) -> Path:
@@ -72,34 +122,72 @@ def run(arguments: SFTArguments) -> Path:
 
 
 def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    max_length = context_length(arguments.model_name_or_path, arguments.max_length)
+    source = arguments.model_name_or_path
+    tokenizer = load_tokenizer(source)
+    max_length = _room_for_text(arguments)
     examples = load_examples(arguments, "conversations", conversation_encoder(tokenizer), max_length)
 
     settings = trainer_arguments(arguments, stage_run, max_length)
     settings.dataset_kwargs = {"skip_prepare_dataset": True}
-    model = load_model(AutoModelForCausalLM, arguments.model_name_or_path, tokenizer)
-    lora = make_lora_config(arguments, "CAUSAL_LM", model)
-    if lora is not None:
-        lora.trainable_token_indices = control_tokens_in(examples.train, tokenizer) or None
+    settings.packing = False  # TRL's own needs a kernel that only GPUs have
+    model = load_model(AutoModelForCausalLM, source, tokenizer, **quantization_settings(arguments))
+    model = prepare_quantized(model, arguments) if arguments.peft == "qlora" else model
+    train_in_blocks(model, settings)
+    rows, collator, told = _training_rows(arguments, model, examples.train, max_length, tokenizer)
     trainer = ConversationTrainer(
         model=model,
         args=settings,
-        train_dataset=examples.train,
+        data_collator=collator,
+        train_dataset=rows,
         eval_dataset=examples.heldout,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=make_peft_config(arguments, model, control_tokens_in(examples.train, tokenizer)),
     )
     sample = examples.train[: min(4, len(examples.train))]["input_ids"]
+    if arguments.peft == "prefix":
+        initialise_prefix(trainer.model, sample[0])
     model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
     if not stage_run.is_main:
         return
-    metrics |= {"examples": len(examples.train), "dropped_rows": examples.dropped}
-    metrics["rejected_rows"] = examples.rejected
+    metrics |= {"examples": len(examples.train), "dropped_rows": examples.dropped, "peft": arguments.peft, **told}
+        metrics["rejected_rows"] = examples.rejected
     if examples.heldout is not None:
         batch_size = arguments.per_device_eval_batch_size
         metrics |= measure_heldout(model, examples.heldout, tokenizer.pad_token_id, batch_size)
     stage_run.finish(metrics)
+
+
+def _room_for_text(arguments: SFTArguments) -> int:
+    """Longest row in tokens: `max_length`, or the model's context, less the prefix that has a share of it."""
+    source, prefix = arguments.model_name_or_path, arguments.prefix_tokens if arguments.peft == "prefix" else 0
+    if not prefix:
+        return context_length(source, arguments.max_length)
+    if arguments.max_length is not None:
+        return context_length(source, arguments.max_length + prefix) - prefix
+    room = context_length(source, None) - prefix
+    if room < 2:
+        raise ValueError(f"'prefix_tokens' is {prefix}, which leaves {room} of the context of {source}; lower it")
+    return room
+
+
+def _training_rows(
+    arguments: SFTArguments, model: Any, examples: Any, max_length: int, tokenizer: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Rows to train on with what makes batches of them (`None` is TRL's), packed if that can be, and its figures."""
+    packs = arguments.packing
+    if packs and arguments.peft == "prefix":
+        packs = False  # the prefix is in the cache, and with a cache documents are not kept apart
+    elif packs and not keeps_documents_apart(model):
+        logger.warning(
+            "%s: packed examples would see each other in this model, so rows are single examples (packing: false)",
+            arguments.model_name_or_path,
+        )
+        packs = False
+    if not packs:
+        return examples, None, {"packing": False}
+    rows = pack(examples, max_length, arguments.seed)
+    collator = PackedCollator(tokenizer.pad_token_id, arguments.pad_to_multiple_of)
+    return rows, collator, {"packing": True, "windows": len(rows), "padding_share": padding_share(rows)}
 
 
 def control_tokens_in(examples: Any, tokenizer: Any) -> list[int]:

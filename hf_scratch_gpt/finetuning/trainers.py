@@ -66,13 +66,22 @@ class LengthGrouping:
         return LengthSampler(self.example_lengths, batch_size, self.args.seed)
 
 
+def train_in_blocks(model: Any, settings: Any) -> None:
+    """On a CPU, train with attention in blocks where the model would use torch's own kernel, which is slower."""
+    if settings.use_cpu and getattr(model.config, "_attn_implementation", None) == "sdpa":
+        from hf_scratch_gpt.model.blocked_attention import IMPLEMENTATION
+
+        model.set_attn_implementation(IMPLEMENTATION)
+
+
 def train_and_save(
     trainer: Any, stage_run: StageRun, tokenizer: Any, sample: list[list[int]]
 ) -> tuple[Any, dict[str, Any]]:
     """Train from where an earlier try stopped, write the merged model, and say what was done.
 
     Returns:
-        The plain model, and its first metrics. Processes other than the main one get the unmerged model.
+        The plain model (with an adapter that cannot be merged), and its first metrics. Processes other than the main
+        one get the unmerged model.
 
     Raises:
         Interrupted: if a signal stopped it.

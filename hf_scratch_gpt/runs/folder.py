@@ -46,7 +46,7 @@ METRICS, STATE, CURVE, RECIPE = "metrics.json", ".state.json", "curve.jsonl", "r
 _STATE_INTERVAL_SECONDS = 2.0
 _STATE_FIELDS = {"fingerprint", "run_id", "started_at", "seconds", "peak_rss_bytes", "usage"}
 # What a model is: its digests stand in `metrics.json`, so that nobody takes the measures of one model for another's.
-_MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json")
+_MODEL_FILES = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json")
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:

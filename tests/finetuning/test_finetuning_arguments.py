@@ -52,7 +52,7 @@ def test_two_readings_of_a_recipe_have_one_fingerprint_and_another_setting_has_a
 @pytest.mark.parametrize("argument_class", ALL)
 def test_settings_that_cannot_work_are_refused_by_name(argument_class, recipe):
     for flags, culprit in (
-        (["--peft", "dora"], "'peft'"),
+        (["--peft", "dara"], "'peft' is 'dara', expected one of lora, dora, none.*did you mean 'dora'"),
         (["--lora_r", "0"], "'lora_r'"),
         (["--heldout_fraction", "1.5"], "'heldout_fraction'"),
         (["--max_length", "1"], "'max_length'"),
@@ -87,10 +87,19 @@ def test_a_module_to_train_whole_that_does_not_exist_is_named_with_the_nearest()
     assert make_lora_config(arguments, "SEQ_CLS", model, ("score",)).modules_to_save == ["score", "norm"]
 
 
-@pytest.mark.parametrize("name", ["packing", "padding_free"])
-def test_packing_is_refused_since_batches_hold_rows_of_like_length(name):
-    with pytest.raises(ValueError, match=name):
-        SFTArguments(output_dir="out", **{name: True})
+def test_packing_is_on_by_default_and_the_kind_that_needs_a_gpus_kernel_is_refused():
+    assert SFTArguments(output_dir="out").packing
+    assert not SFTArguments(output_dir="out", packing=False).packing
+    with pytest.raises(ValueError, match="padding_free"):
+        SFTArguments(output_dir="out", padding_free=True)
+
+
+@pytest.mark.parametrize("argument_class", [DPOArguments, RewardArguments])
+@pytest.mark.parametrize("method", ["qlora", "prefix", "adapter"])
+def test_methods_that_only_sft_has_are_refused_by_name_elsewhere(argument_class, method):
+    with pytest.raises(ValueError, match=f"'peft' is '{method}', expected one of lora, dora, none; .* for sft alone"):
+        argument_class(output_dir="out", peft=method)
+    assert argument_class(output_dir="out", peft="dora").peft == "dora"
 
 
 @pytest.mark.parametrize("argument_class", ALL)
