@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_scratch_gpt.alignment.own_answers import OwnAnswersArguments, own_preferences
-from hf_scratch_gpt.alignment.reward import CHANCE
+from hf_scratch_gpt.alignment.reward_health import CHANCE
 from hf_scratch_gpt.evaluation.intervals import wilson
 from hf_scratch_gpt.evaluation.likelihood import answer_log_probabilities
 from hf_scratch_gpt.finetuning._compat import score_only_trained_positions
@@ -25,7 +25,7 @@ from hf_scratch_gpt.finetuning.models import (
     load_tokenizer,
 )
 from hf_scratch_gpt.finetuning.tokenise import load_examples, preference_encoder
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, run_stage, train_and_save
 from hf_scratch_gpt.runs import StageRun
 
 
@@ -69,11 +69,7 @@ def run(arguments: DPOArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "dpo") as stage_run:
-        if not stage_run.finished:
-            _align(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "dpo", _align)
 
 
 def _align(arguments: DPOArguments, stage_run: StageRun) -> None:

@@ -5,6 +5,7 @@ in. What follows the answer's end token (the template's newline) is cut off: not
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -86,10 +87,12 @@ def load_examples(
     encode: Callable[[dict], dict],
     max_length: int,
     own_rows: list[dict] | None = None,
+    keep_columns: bool = False,
 ) -> Examples:
-    """Load and encode a stage's `conversations` or `preferences`, with its held-out rows.
+    """Load and encode a stage's `conversations`, `preferences` or `rankings`, with its held-out rows.
 
-    `own_rows`, if given, are trained on in place of the data set's.
+    `own_rows`, if given, are trained on in place of the data set's. `keep_columns` shows `encode` the row's other
+    columns too.
 
     Raises:
         ValueError: if a data set is empty, or a row is unusable (named by its number and beginning).
@@ -99,7 +102,7 @@ def load_examples(
 
     from hf_scratch_gpt.data import conversations
 
-    load = {"conversations": conversations.load_conversations, "preferences": conversations.load_preferences}[kind]
+    load = functools.partial(getattr(conversations, f"load_{kind}"), keep_columns=keep_columns)
     source, allow = arguments.dataset, arguments.allow_dropped_rows
     rows = load(source, arguments.dataset_split) if own_rows is None else Dataset.from_list(own_rows)
     heldout = _load_heldout(arguments, load)

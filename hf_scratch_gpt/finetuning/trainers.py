@@ -1,6 +1,7 @@
 """What our trainers on top of TRL's share: batches of like length, in an order that resuming reproduces; the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ class LengthGrouping:
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler(self.example_lengths, batch_size, self.args.seed)
+
+
+def run_stage(arguments: Any, stage: str, work: Callable[[Any, StageRun], None]) -> Path:
+    """Do `work` in the folder that the settings name, unless it is done already; returns the folder."""
+    arguments.check_inputs()
+    with StageRun(arguments, stage) as stage_run:
+        if not stage_run.finished:
+            work(arguments, stage_run)
+        return stage_run.folder
 
 
 def train_and_save(
