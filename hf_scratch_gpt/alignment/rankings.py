@@ -72,7 +72,7 @@ def ranking_encoder(tokenizer: Any, margin_scale: float = 0.0) -> Callable[[dict
     """Row with `prompt`, `completions` and `ranks` -> `completion_ids` (whole conversations), `better`, `worse`.
 
     Also `length`, that of the longest, and with a `margin_scale` other than 0 `margins`: so many times the difference
-    of the row's `scores` (one a completion, higher is better).
+    of the ranks.
     """
 
     def encode(row: dict) -> dict:
@@ -80,7 +80,11 @@ def ranking_encoder(tokenizer: Any, margin_scale: float = 0.0) -> Callable[[dict
         if not isinstance(completions, list) or len(completions) < 2:
             raise ValueError("'completions' holds no list of at least two answers")
         ranks = _numbers(row, "ranks", len(completions))
-        ids = [list(encode_conversation(tokenizer, row["prompt"] + answer)["input_ids"]) for answer in completions]
+        tools = row.get("tools")
+        ids = [
+            list(encode_conversation(tokenizer, row["prompt"] + each, tools=tools)["input_ids"])
+            for each in completions
+        ]
         better, worse = ranked_pairs(ranks, ids)
         if not better:
             raise ValueError("no completion is ranked above a different one")
@@ -92,11 +96,8 @@ def ranking_encoder(tokenizer: Any, margin_scale: float = 0.0) -> Callable[[dict
             "length": max(map(len, ids)),
         }
         if margin_scale:
-            scores = _numbers(row, "scores", len(completions))
-            margins = [scores[winner] - scores[loser] for winner, loser in zip(better, worse, strict=True)]
-            if min(margins) < 0:
-                raise ValueError("'scores' contradict 'ranks': a completion of a lower rank has the lower score")
-            encoded["margins"] = [margin_scale * margin for margin in margins]
+            pairs = zip(better, worse, strict=True)
+            encoded["margins"] = [margin_scale * (ranks[loser] - ranks[winner]) for winner, loser in pairs]
         return encoded
 
     return encode

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 PRETRAINING_FOLDER = "pretraining"
 _FORMS = ("auto", "pairs", "rankings")
+_LISTS = ("completions", "answers", "responses")  # columns in which rankings have their answers
 _SCALE_ANSWERS = 1000  # so many answers give the deviation to within 2%
 # What `metrics.json` tells of the first pass; all of it is in the `metrics.json` of its own folder.
 _PRETRAINING_MEASURES = ("pairs", "dropped_rows", "steps", "tokens", "last_train_loss", "heldout_accuracy")
@@ -55,12 +56,12 @@ class RewardArguments(TuningArguments, RewardConfig):
         center_rewards_coefficient (`float`, *optional*, defaults to `0.01`): Weight of the squared sum of a pair's
             rewards, which the ranking loss leaves free.
         preference_form (`str`, *optional*, defaults to `"auto"`): `"pairs"` of `chosen` and `rejected`, or
-            `"rankings"` of `completions` by `ranks`. `"auto"` looks at the first row of a local file and takes pairs
-            of anything else.
+            `"rankings"` of `completions`. `"auto"` looks at the first row of a local file and takes pairs of anything
+            else.
         margin_scale (`float`, *optional*, defaults to `0.0`): What a pair's margin is multiplied by before it is
             taken off the difference of rewards in the loss (Touvron et al. 2023, https://arxiv.org/abs/2307.09288,
             section 3.2.2). The margin is the row's `margin`, or `score_chosen` less `score_rejected`; in a ranking
-            the difference of `scores`. 0 leaves margins out.
+            the difference of ranks. 0 leaves margins out.
         pretraining_dataset (`str`, *optional*): Weak preferences for a first pass before `dataset`.
         pretraining_split (`str`, *optional*, defaults to `"train"`): Split of a `datasets` id.
         pretraining_epochs (`float`, *optional*, defaults to `1.0`): Passes over them.
@@ -122,8 +123,8 @@ def reward_encoder(tokenizer: Any, margin_scale: float = 0.0) -> Callable[[dict]
     """
 
     def encode(row: dict) -> dict:
-        chosen = encode_conversation(tokenizer, row["prompt"] + row["chosen"])["input_ids"]
-        rejected = encode_conversation(tokenizer, row["prompt"] + row["rejected"])["input_ids"]
+        chosen = encode_conversation(tokenizer, row["prompt"] + row["chosen"], tools=row.get("tools"))["input_ids"]
+        rejected = encode_conversation(tokenizer, row["prompt"] + row["rejected"], tools=row.get("tools"))["input_ids"]
         if chosen == rejected:
             raise ValueError("'chosen' and 'rejected' are the same")
         margin = {"margin": margin_scale * margin_of(row)} if margin_scale else {}
@@ -185,7 +186,7 @@ def _train_reward(arguments: RewardArguments, stage_run: StageRun) -> None:
         "rankings" if is_ranking else "preferences",
         make_encoder(tokenizer, arguments.margin_scale),
         max_length,
-        keep_columns=bool(arguments.margin_scale),
+        keep_columns=bool(arguments.margin_scale) and not is_ranking,
     )
     trainer = _make_trainer(arguments, stage_run, source, tokenizer, examples)
     sample = best_answers(examples.train.select(range(min(4, len(examples.train)))))
@@ -212,7 +213,7 @@ def _form(arguments: RewardArguments) -> str:
     if not Path(arguments.dataset).is_file():
         return "pairs"
     _, row = next(iter(read_rows(Path(arguments.dataset))), ("", {}))
-    return "rankings" if {"completions", "ranks"} <= row.keys() else "pairs"
+    return "rankings" if "chosen" not in row and any(isinstance(row.get(name), list) for name in _LISTS) else "pairs"
 
 
 def _pretrain(arguments: RewardArguments, stage_run: StageRun) -> dict[str, Any]:
