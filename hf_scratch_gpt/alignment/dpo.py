@@ -7,7 +7,9 @@ The reference is the model that tuning starts from. Its log-probabilities are co
 """
 
 import dataclasses
+import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +105,25 @@ class PairDPOTrainer(LengthGrouping, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         assert self.reference_cache is not None
+        needed = self._rows_of_training() if name == "train" else list(range(len(dataset)))
+        rows = dataset if len(needed) == len(dataset) else dataset.select(needed)
         values = self.reference_cache.get(
-            dataset, lambda: self._reference_values(dataset, batch_size), self.accelerator.is_main_process
+            rows, lambda: self._reference_values(rows, batch_size), self.accelerator.is_main_process
         )
         for column in COLUMNS:
-            dataset = dataset.add_column(column, values[column])
+            scores = np.full(len(dataset), np.nan)  # of a row that training never meets
+            scores[needed] = values[column]
+            dataset = dataset.add_column(column, scores.tolist())
         return dataset
+
+    def _rows_of_training(self) -> list[int]:
+        """The rows that training meets: of a run of less than an epoch only the first of its first epoch."""
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps_of_epoch = -(-len(self.example_lengths) // batch)
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * steps_of_epoch)
+        return sorted(itertools.islice(self._get_train_sampler(), steps * batch))
 
     def _reference_values(self, dataset: Any, batch_size: int) -> Values:
         """The reference's log-probabilities of every row, the longest rows first; processes share the batches."""

@@ -92,6 +92,24 @@ def test_the_losses_are_those_of_scoring_the_reference_at_each_step(peft, model,
     assert losses(ours)[-1] < losses(ours)[0]
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.4}])
+def test_of_a_short_run_only_the_pairs_that_it_meets_are_scored(length, model, data, tmp_path, monkeypatch):
+    each = align(tmp_path / "each", model, data, precompute_ref_log_probs=False, **length)
+    scored = []
+    compute = dpo.PairDPOTrainer._reference_values
+
+    def count(self, rows, batch_size):
+        scored.append(len(rows))
+        return compute(self, rows, batch_size)
+
+    monkeypatch.setattr(dpo.PairDPOTrainer, "_reference_values", count)
+    short = align(tmp_path / "short", model, data, **length)
+    steps = read_metrics(short)["metrics"]["steps"]
+    assert scored == [4 * steps]  # of 30 pairs
+    assert steps in (3, 4)
+    assert losses(short) == pytest.approx(losses(each), rel=1e-5)
+
+
 def test_a_run_that_broke_goes_on_with_what_it_has_computed(first_run, model, data, tmp_path, monkeypatch):
     step = dpo.PairDPOTrainer.training_step
 
