@@ -12,6 +12,15 @@ from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.training import train
 
 
+def run_stage(arguments: Any, stage: str, work: Callable[[Any, StageRun], None]) -> Path:
+    """Do `work` in the folder that the settings name, unless it is done already; returns the folder."""
+    arguments.check_inputs()
+    with StageRun(arguments, stage) as stage_run:
+        if not stage_run.finished:
+            work(arguments, stage_run)
+        return stage_run.folder
+
+
 class LengthSampler(Sampler[int]):
     """Shuffled examples in batches of like length, as a pure function of (seed, epoch).
 
@@ -65,15 +74,6 @@ class LengthGrouping:
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler(self.example_lengths, batch_size, self.args.seed)
-
-
-def run_stage(arguments: Any, stage: str, work: Callable[[Any, StageRun], None]) -> Path:
-    """Do `work` in the folder that the settings name, unless it is done already; returns the folder."""
-    arguments.check_inputs()
-    with StageRun(arguments, stage) as stage_run:
-        if not stage_run.finished:
-            work(arguments, stage_run)
-        return stage_run.folder
 
 
 def train_and_save(
