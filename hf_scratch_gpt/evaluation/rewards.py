@@ -1,5 +1,7 @@
-"""What a reward model says of whole conversations."""
+"""What a reward model says of whole conversations, and the scale on which it says it."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +9,36 @@ import torch
 
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
 from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScale:
+    """Mean and standard deviation of a reward model's scores of reference answers.
+
+    The ranking loss leaves a model's zero and unit free; on this scale a reference answer scores 0 on average, and a
+    deviation is 1. Whatever optimises or compares rewards (PPO, best-of-n) normalises by it.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def normalise(self, scores: Any) -> Any:
+        """(score - mean) / deviation, of a number, a tensor or an array."""
+        return (scores - self.mean) / self.std
+
+
+def reward_scale_of(config: Any, source: str) -> RewardScale:
+    """The scale that a reward model's config carries: `reward_mean` and `reward_std`, 0 and 1 where it has none.
+
+    Raises:
+        ValueError: naming `source`, for numbers that nothing can be normalised by.
+    """
+    scale = RewardScale(float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0)))
+    if not (math.isfinite(scale.mean) and math.isfinite(scale.std) and scale.std > 0):
+        raise ValueError(
+            f"reward model {source}: reward_mean {scale.mean}, reward_std {scale.std}; expected a std > 0"
+        )
+    return scale
 
 
 def score_conversations(

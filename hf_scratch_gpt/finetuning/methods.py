@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 from hf_scratch_gpt.finetuning.arguments import make_lora_config
 
 
@@ -105,7 +106,7 @@ def initialise_prefix(model: Any, token_ids: list[int]) -> None:
     base, was_training = model.get_base_model(), model.training
     base.eval()
     # Of layers with a window too PEFT's cache holds all of the prefix, so ask for a plain one.
-    cache = base(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    cache = cache_of(base(input_ids=ids, use_cache=True, **{cache_argument(base): DynamicCache()}))
     base.train(was_training)
     # PEFT's layout: (virtual tokens, layers x (key, value) x heads x head_dim)
     parts = [part[0].transpose(0, 1) for layer in cache.layers for part in (layer.keys, layer.values)]

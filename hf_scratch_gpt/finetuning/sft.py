@@ -35,7 +35,7 @@ from hf_scratch_gpt.finetuning.models import (
 from hf_scratch_gpt.finetuning.packing import PackedCollator, keeps_documents_apart, pack, padding_share
 from hf_scratch_gpt.finetuning.scoring import score_answers
 from hf_scratch_gpt.finetuning.tokenise import conversation_encoder, load_examples
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save, train_in_blocks
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, run_stage, train_and_save, train_in_blocks
 from hf_scratch_gpt.runs import StageRun
 
 logger = logging.getLogger(__name__)
@@ -114,11 +114,7 @@ def run(arguments: SFTArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "sft") as stage_run:
-        if not stage_run.finished:
-            _tune(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "sft", _tune)
 
 
 def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:

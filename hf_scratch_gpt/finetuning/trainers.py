@@ -1,6 +1,7 @@
 """What our trainers on top of TRL's share: batches of like length, in an order that resuming reproduces; the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from torch.utils.data import Sampler
 from hf_scratch_gpt.finetuning.models import save_tuned
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.training import train
+
+
+def run_stage(arguments: Any, stage: str, work: Callable[[Any, StageRun], None]) -> Path:
+    """Do `work` in the folder that the settings name, unless it is done already; returns the folder."""
+    arguments.check_inputs()
+    with StageRun(arguments, stage) as stage_run:
+        if not stage_run.finished:
+            work(arguments, stage_run)
+        return stage_run.folder
 
 
 class LengthSampler(Sampler[int]):

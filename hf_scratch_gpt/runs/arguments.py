@@ -41,6 +41,7 @@ VOLATILE_FIELDS = frozenset(
         "dataloader_num_workers",
         "dataset_num_proc",
         "num_workers",
+        "reference_cache_dir",
         "trackio_space_id",
         "hub_token",
     }

@@ -109,7 +109,8 @@ def test_a_run_that_broke_in_its_second_epoch_resumes_to_the_very_same_weights(m
 @pytest.mark.parametrize(
     "settings",
     [
-        {"precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 6},
+        {"precompute_ref_log_probs": False, "eval_strategy": "steps", "eval_steps": 6},
+        {"eval_strategy": "steps", "eval_steps": 6},
         {"peft": "none", "learning_rate": 1e-4},
     ],
 )
@@ -121,3 +122,40 @@ def test_references_kept_in_other_ways_train_the_same_policy(settings, model, da
         assert not (folder / "adapter").exists()
     else:
         assert metrics["heldout_margin"] == pytest.approx(expected["heldout_margin"], rel=1e-3)
+
+
+def test_the_divergence_is_that_of_the_answers_it_draws_position_by_position(aligned, model):
+    from hf_scratch_gpt.alignment.divergence import heldout_divergence
+    from hf_scratch_gpt.evaluation.generation import generate_from_ids, suppressed_token_ids
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (aligned, model))
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    prompts = list(heldout_pairs(aligned)["prompt_ids"])
+    found = heldout_divergence(policy, reference, tokenizer, prompts, 4, 6, seed=3, batch_size=2)
+    suppressed = suppressed_token_ids(policy, tokenizer)
+    by_hand = []
+    for prompt, answer in zip(prompts, generate_from_ids(policy, tokenizer, prompts[:4], 6, 1.0, 3, 4), strict=False):
+        tables = []
+        for each in (policy, reference):
+            with torch.no_grad():
+                logits = each(input_ids=torch.tensor([[*prompt, *answer.token_ids]])).logits[0].double()
+            logits[:, suppressed] = -torch.inf
+            tables.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+        allowed = tables[0] > -torch.inf
+        by_hand.append((tables[0].exp() * (tables[0] - tables[1]))[allowed].sum().item())
+    assert found["heldout_kl_prompts"] == len(by_hand) == 4
+    assert found["heldout_kl"] == pytest.approx(sum(by_hand) / 4, rel=1e-4)
+    low, high = found["heldout_kl_interval"]
+    assert 0 < low <= found["heldout_kl"] <= high
+    same = heldout_divergence(reference, reference, tokenizer, prompts, 4, 6, 3, 2)
+    assert same["heldout_kl"] == pytest.approx(0, abs=1e-6)
+    assert heldout_divergence(policy, reference, tokenizer, prompts, 4, 96, 3, 2) == {}  # nothing fits
+
+
+def test_the_divergence_stands_in_the_metrics_with_its_sample(aligned):
+    metrics = read_metrics(aligned)["metrics"]
+    assert metrics["heldout_kl"] > 0
+    assert metrics["heldout_kl_prompts"] == 10
+    assert metrics["heldout_kl_tokens"] >= 10
+    low, high = metrics["heldout_margin_interval"]
+    assert low < metrics["heldout_margin"] < high

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_scratch_gpt.alignment.ppo.generation import position_ids_of
 from hf_scratch_gpt.alignment.ppo.prompts import Prompt, context_length, left_pad, template_tail
+from hf_scratch_gpt.evaluation.rewards import reward_scale_of
 from hf_scratch_gpt.runs.loading import check_whole, loading
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -77,11 +78,7 @@ class ModelReward:
         self.source, self.name = source, Path(source).name
         config: Any = model.config
         check_one_label(config, source)
-        self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(
-                f"reward model {source}: reward_mean {self.mean}, reward_std {self.std}; expected a std > 0"
-            )
+        self.scale = reward_scale_of(config, source)
         if config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self._tail = template_tail(tokenizer) if tokenizer.chat_template else []
@@ -120,7 +117,7 @@ class ModelReward:
 
     def normalise(self, scores: Tensor) -> Tensor:
         """(score − mean) / deviation of the reference answers."""
-        return (scores - self.mean) / self.std
+        return self.scale.normalise(scores)
 
 
 Reward = CallableReward | ModelReward

@@ -24,6 +24,7 @@ from hf_scratch_gpt.finetuning.models import (
     load_tokenizer,
     save_tuned,
 )
+from hf_scratch_gpt.finetuning.trainers import run_stage
 from hf_scratch_gpt.runs import StageRun
 from hf_scratch_gpt.runs.training import train
 
@@ -86,11 +87,7 @@ def run(arguments: PPOArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "ppo") as stage_run:
-        if not stage_run.finished:
-            _align(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "ppo", _align)
 
 
 def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
