@@ -17,6 +17,7 @@ STAGES = {
     "prepare": ("hf_scratch_gpt.data.prepare", "clean text, split it, write token shards and tasks"),
     "pretrain": ("hf_scratch_gpt.pretraining.pretrain", "train a base model from token shards"),
     "sft": ("hf_scratch_gpt.finetuning.sft", "tune a model on instructions (LoRA or full)"),
+    "classify": ("hf_scratch_gpt.finetuning.classify", "train a text classifier from a model (full or LoRA)"),
     "reward": ("hf_scratch_gpt.alignment.reward", "train a reward model on preferences"),
     "dpo": ("hf_scratch_gpt.alignment.dpo", "align a model on preferences directly"),
     "ppo": ("hf_scratch_gpt.alignment.ppo.stage", "align a model against a reward model"),
