@@ -344,7 +344,7 @@ def _measure(parts: Parts, name: str, logits: np.ndarray, positive: str | None) 
         return {f"validation_{key}": metrics[f"heldout_{key}"] for key in kept if f"heldout_{key}" in metrics}
     metrics["heldout_duplicates"] = sum(parts.repeated)
     unseen = [index for index, repeated in enumerate(parts.repeated) if not repeated]
-    if unseen and len(unseen) < len(truth):
+    if unseen and len(unseen) < len(truth) and not parts.removed:  # what training has seen helps the accuracy of all
         accuracy = wilson(sum(truth[index] == predicted[index] for index in unseen), len(unseen))
         metrics |= {
             "never_seen_examples": accuracy.n,

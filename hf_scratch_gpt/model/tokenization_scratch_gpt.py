@@ -176,7 +176,8 @@ def _with_plain_tool_tokens(backend: Tokenizer) -> Tokenizer:
 class PlainEncoder:
     """Encodes text with a copy of a tokenizer that knows no control token, so that none can come out.
 
-    A control token is any added token but the runs of white space that some tokenizers add.
+    A control token is any added token but the runs of white space that some tokenizers add, and the token for words
+    that a tokenizer does not know, which only stands for such a word.
 
     Args:
         backend (`Tokenizer`): The copy.
@@ -201,7 +202,12 @@ class PlainEncoder:
         # Added tokens outside the model's vocabulary are numbered anew in the copy.
         numbers = {backend.token_to_id(token["content"]): token["id"] for token in spaces}
         renumber = {here: there for here, there in numbers.items() if here is not None and here != there}
-        return cls(backend, {token: i for token, i in added.items() if not token.isspace()}, renumber)
+        names = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        unknown = names.pop("unk_token", None)  # GPT-2 names its end token so, which no text may give
+        plain = {unknown} - set(names.values())
+        return cls(
+            backend, {token: i for token, i in added.items() if not token.isspace() and token not in plain}, renumber
+        )
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of plain text, and the characters (start, end) of each."""
