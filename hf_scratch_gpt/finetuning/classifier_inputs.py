@@ -25,7 +25,7 @@ _DOCUMENT_END, _NEW_PAD = "<|endoftext|>", "<|pad|>"
 _PROBE = "a"
 
 
-def load_classifier_tokenizer(source: str, max_length: int | None) -> Any:
+def load_classifier_tokenizer(source: str) -> Any:
     """The tokenizer beside a model, made fit for classification: framing its texts, and safe against what they say.
 
     Called with a text it gives the ids that are trained on; control tokens in it stay text, tool tokens included.
@@ -48,8 +48,6 @@ def load_classifier_tokenizer(source: str, max_length: int | None) -> Any:
         _frame_texts(source, tokenizer)
     _read_no_control_tokens(tokenizer)
     tokenizer.chat_template = None
-    if max_length is not None:
-        tokenizer.model_max_length = max_length  # where `truncation=True` cuts
     tokenizer.padding_side = "right"
     return tokenizer
 

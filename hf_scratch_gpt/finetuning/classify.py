@@ -199,8 +199,10 @@ def run(arguments: ClassifyArguments) -> Path:
 
 def _train_classifier(arguments: ClassifyArguments, stage_run: StageRun) -> None:
     source = arguments.model_name_or_path
-    tokenizer = load_classifier_tokenizer(source, None)
-    tokenizer.model_max_length = max_length = longest_text(source, tokenizer, arguments.max_length)
+    tokenizer = load_classifier_tokenizer(source)
+    max_length = longest_text(source, tokenizer, arguments.max_length)
+    if max_length is not None:
+        tokenizer.model_max_length = max_length  # where `truncation=True` cuts
     parts = load_parts(arguments)
     positive = positive_label(parts, arguments.positive_label)
     encoded = {
@@ -208,38 +210,44 @@ def _train_classifier(arguments: ClassifyArguments, stage_run: StageRun) -> None
         for name, part in (("train", parts.train), ("validation", parts.validation), ("heldout", parts.heldout))
         if part is not None
     }
-    set_seed(arguments.seed)  # the head is new
-    model = _load_classifier(source, tokenizer, parts.names)
-    lora = make_lora_config(arguments, "SEQ_CLS", model, modules_to_save=("score",) if hasattr(model, "score") else ())
-    if lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora)
-    trainer = ClassificationTrainer(
-        model=model,
-        args=trainer_arguments(arguments, stage_run, max_length),
-        train_dataset=encoded["train"][0],
-        eval_dataset=encoded["validation"][0] if "validation" in encoded else None,
-        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        compute_metrics=_accuracy_while_training,
-        auxiliary=AuxiliaryLanguageModel(model, source) if arguments.aux_lm_weight else None,
-        aux_lm_weight=arguments.aux_lm_weight,
-    )
-    sample = encoded["train"][0][: min(4, len(parts.train))]["input_ids"]
+    rows = {name: part for name, (part, _) in encoded.items()}
+    trainer = _make_trainer(arguments, stage_run, tokenizer, parts.names, rows)
+    sample = rows["train"][: min(4, len(parts.train))]["input_ids"]
     model, metrics = train_and_save(trainer, stage_run, tokenizer, sample)
     if not stage_run.is_main:
         return
     metrics |= _describe(parts, {name: truncated for name, (_, truncated) in encoded.items()}, max_length)
     for name in ("validation", "heldout"):
-        if name in encoded:
-            logits = class_logits(
-                model, encoded[name][0], tokenizer.pad_token_id, arguments.per_device_eval_batch_size
-            )
+        if name in rows:
+            logits = class_logits(model, rows[name], tokenizer.pad_token_id, arguments.per_device_eval_batch_size)
             metrics |= _measure(parts, name, logits, positive)
     if parts.rejected:
         write_text(stage_run.folder / REJECTED, "".join(json.dumps(row) + "\n" for row in parts.rejected))
     stage_run.finish(metrics)
+
+
+def _make_trainer(
+    arguments: ClassifyArguments, stage_run: StageRun, tokenizer: Any, names: list[str], rows: dict[str, Any]
+) -> ClassificationTrainer:
+    source = arguments.model_name_or_path
+    set_seed(arguments.seed)  # the head is new
+    model = _load_classifier(source, tokenizer, names)
+    lora = make_lora_config(arguments, "SEQ_CLS", model, modules_to_save=("score",) if hasattr(model, "score") else ())
+    if lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora)
+    return ClassificationTrainer(
+        model=model,
+        args=trainer_arguments(arguments, stage_run, arguments.max_length),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=_accuracy_while_training,
+        auxiliary=AuxiliaryLanguageModel(model, source) if arguments.aux_lm_weight else None,
+        aux_lm_weight=arguments.aux_lm_weight,
+    )
 
 
 def _accuracy_while_training(prediction: Any) -> dict[str, float]:

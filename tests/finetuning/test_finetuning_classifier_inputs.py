@@ -28,7 +28,8 @@ def tokenizers(tmp_path_factory):
     """For each make: the tokenizer as it is trained with, and as the saved folder gives it."""
     root, made = tmp_path_factory.mktemp("tokenizers"), {}
     for name, make in MAKERS.items():
-        ours = load_classifier_tokenizer(str(make(root / name)), 40)
+        ours = load_classifier_tokenizer(str(make(root / name)))
+        ours.model_max_length = 40
         ours.save_pretrained(root / f"{name}-saved")
         made[name] = (ours, AutoTokenizer.from_pretrained(root / f"{name}-saved"))
     return made
