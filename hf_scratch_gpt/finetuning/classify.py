@@ -140,8 +140,12 @@ class ClassificationTrainer(LengthGrouping, Trainer):
         self.auxiliary, self.aux_lm_weight = auxiliary, aux_lm_weight
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that `compute_loss` is told the texts of the whole step
-        if auxiliary is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("'aux_lm_weight' needs whole weights: launch without DeepSpeed and FSDP, or set it to 0")
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1
+        if auxiliary is not None and (sharded or self.args.torch_compile):
+            raise ValueError(
+                "'aux_lm_weight' needs a whole model, not compiled, in each process: launch without DeepSpeed and "
+                "FSDP, one process a GPU, without torch_compile, or set it to 0"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; the language model's head is gone afterwards."""
