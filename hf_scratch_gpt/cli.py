@@ -20,6 +20,7 @@ STAGES = {
         "hf_scratch_gpt.finetuning.sft",
         "tune a model on instructions (full, LoRA, DoRA, QLoRA, prefix, adapter)",
     ),
+    "classify": ("hf_scratch_gpt.finetuning.classify", "train a text classifier from a model (full or LoRA)"),
     "reward": ("hf_scratch_gpt.alignment.reward", "train a reward model on preferences"),
     "dpo": ("hf_scratch_gpt.alignment.dpo", "align a model on preferences directly"),
     "ppo": ("hf_scratch_gpt.alignment.ppo.stage", "align a model against a reward model"),

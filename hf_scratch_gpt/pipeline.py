@@ -169,11 +169,12 @@ def _run_command(recipes: str, output_dir: str | None, budget_minutes: float, un
     report = write_report(root, wall_seconds)
     cardless = write_cards(root, folder)
     is_masked = report["stages"].get("pretrain", {}).get("objective") == "masked"
-    use = (
-        f'try it: pipeline("fill-mask", "{root / "pretrain"}")'
-        if is_masked
-        else f"talk to it: scratch-gpt chat {root}"
-    )
+    if is_masked:
+        use = f'try it: pipeline("fill-mask", "{root / "pretrain"}")'
+    elif plans[-1].stage == "classify":
+        use = f'try it: pipeline("text-classification", "{plans[-1].output_dir}")'
+    else:
+        use = f"talk to it: scratch-gpt chat {root}"
     print(f"\n{stage_table(report)}\n\nreport: {root / 'report.html'}")
     print("".join(f"no card: {reason}\n" for reason in cardless) + use)
     return 0

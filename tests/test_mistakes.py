@@ -21,6 +21,7 @@ INPUTS = {
         **{"compile": "false", "batch_size": "2", "model_overrides": '{"hidden_size": 32, "num_hidden_layers": 1}'},
     },
     "sft": {"model_name_or_path": "road/pretrain", "dataset": "questions.jsonl", "max_steps": "1"},
+    "classify": {"model_name_or_path": "road/pretrain", "dataset": "labels.tsv", "max_steps": "1"},
     "reward": {"model_name_or_path": "road/sft", "dataset": "preferences.jsonl", "max_steps": "1"},
     "dpo": {"model_name_or_path": "road/sft", "dataset": "preferences.jsonl", "max_steps": "1"},
     "ppo": {
@@ -59,6 +60,8 @@ def write_inputs(folder):
     write_rows(folder / "questions.jsonl", rows)
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in rows]
     write_rows(folder / "preferences.jsonl", pairs)
+    labels = "".join(f"{'x' if number % 3 else 'y'}\t{word}\n" for number, word in enumerate(words))
+    (folder / "labels.tsv").write_text(labels, encoding="utf-8")
 
 
 def write_mistakes(folder):
@@ -207,6 +210,29 @@ def test_an_unusable_model_is_named(fails, stage, folder, told):
     line = fails(["chat", folder, "--prompt", "hi"] if stage == "chat" else command(stage, **{field: folder}))
     assert folder in line
     assert told in line
+
+
+@pytest.mark.parametrize(("folder", "told"), [*MODELS, ("other_tokenizer", "they do not belong together")])
+def test_classify_names_an_unusable_model(fails, folder, told):
+    line = fails(command("classify", model_name_or_path=folder))
+    assert folder in line
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("nowhere.tsv", "no such file or folder: 'nowhere.tsv'"),
+        ("empty", "'empty' is a folder with no data"),
+        ("empty.jsonl", "empty.jsonl: no rows; found an empty file"),
+        ("latin.jsonl", "latin.jsonl: not UTF-8 at byte 15"),
+        ("columns.jsonl", "columns.jsonl: cannot tell which column is the label"),
+        ("questions.jsonl", "questions.jsonl: cannot tell which column is the label"),
+        ("file", "file: cannot read rows of '' files"),
+    ],
+)
+def test_classify_names_unusable_data(fails, data, told):
+    assert told in fails(command("classify", dataset=data))
 
 
 @pytest.mark.parametrize(("folder", "told"), [*MODELS, ("road/sft", "label"), ("other_tokenizer", "tokenizer")])

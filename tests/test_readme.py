@@ -19,6 +19,7 @@ TOY_FLAGS = {
     "--model_overrides hidden_size=32,num_hidden_layers=1,intermediate_size=64",
     "sft": "--max_steps 2",
     "chat": "--prompt Hello --max_new_tokens 4",
+    "classify": "--max_steps 2",
 }
 
 
@@ -35,7 +36,10 @@ def test_a_users_own_text_goes_from_file_to_chat(tmp_path, monkeypatch, capsys):
         shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{stem}.py", tmp_path / "my_texts" / f"{stem}.txt")
     row = '{"prompt": "What is %d + 1?", "completion": "%d"}\n'
     (tmp_path / "my_instructions.jsonl").write_text("".join(row % (n, n + 1) for n in range(40)))
+    row = "%s\tthis is message %d\n"
+    (tmp_path / "my_texts.tsv").write_text("".join(row % ("good" if n % 3 else "bad", n) for n in range(40)))
     commands = commands_under("Your own text")
+    commands += commands_under("Sort texts")
     assert [command[0] for command in commands] == list(TOY_FLAGS)
     for command in commands:
         assert main([*command, *TOY_FLAGS[command[0]].split()]) == 0, f"{command}: {capsys.readouterr().err}"

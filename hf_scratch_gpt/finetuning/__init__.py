@@ -1,1 +1,1 @@
-"""Instruction tuning with TRL and PEFT, and merging of adapters."""
+"""Instruction tuning with TRL and PEFT, merging of adapters, and text classification."""

@@ -26,7 +26,7 @@ def _always(device: object) -> bool:
 
 
 # Names under which configs scale their logits; TRL's head knows them all.
-_LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def use_linear_cross_entropy(trainer: Any) -> bool:
@@ -45,7 +45,7 @@ def use_linear_cross_entropy(trainer: Any) -> bool:
         trainer.args.loss_type != "nll"
         or trainer.aux_loss_enabled
         or getattr(model.get_output_embeddings(), "bias", None) is not None
-        or any(getattr(config, name, None) is not None for name in _LOGIT_SCALES)
+        or any(getattr(config, name, None) is not None for name in LOGIT_SCALES)
         or trainer.is_deepspeed_enabled
     )
     if left_to_trl:

@@ -78,7 +78,10 @@ def load_model(auto_class: Any, source: str, tokenizer: Any = None, **options: A
             source, **{"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **options}
         )
     head_may_be_new = auto_class is AutoModelForSequenceClassification
-    check_whole(source, info, lambda name: head_may_be_new and not name.startswith(f"{model.base_model_prefix}."))
+    trunk = f"{model.base_model_prefix}."  # whose pooler, between it and the head, encoders may be saved without
+    check_whole(
+        source, info, lambda name: head_may_be_new and (not name.startswith(trunk) or f"{trunk}pooler." in name)
+    )
     if tokenizer is not None:
         check_tokens_fit(source, model, tokenizer)
         align_tokens(model, tokenizer)

@@ -34,6 +34,7 @@ _WHAT = {
     "pretrain": "A base language model, trained from scratch. It continues text; it was not taught to answer.",
     "masked": "A masked language model, trained from scratch, which fills in tokens and writes no text.",
     "sft": "An instruction-tuned language model.",
+    "classify": "A text classifier: it gives one label to a text, or to a pair of texts.",
     "reward": "A reward model: it gives one score to a conversation, higher for answers like the preferred ones.",
     "dpo": "A language model aligned by direct preference optimisation.",
     "ppo": "A language model aligned by PPO against a learnt reward model, and a checker where one has a weight.",

@@ -16,6 +16,7 @@ _DEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "prepare": (("train_tokens", "training tokens"), ("heldout_tokens", "tokens held out")),
     "pretrain": (("steps", "steps"), ("tokens", "tokens read")),
     "sft": (("steps", "steps"), ("examples", "examples"), ("tokens", "tokens read")),
+    "classify": (("steps", "steps"), ("examples", "texts"), ("tokens", "tokens read")),
     "reward": (("steps", "steps"), ("pairs", "pairs")),
     "dpo": (("steps", "steps"), ("pairs", "pairs")),
     "ppo": (("steps", "steps"), ("episodes", "answers sampled and scored")),

@@ -32,6 +32,10 @@ _OWN: dict[str, tuple[tuple[str, str, str, str, str | None], ...]] = {
         ("heldout_loss", "loss on held-out answers, nats a token", "heldout_examples", "answers", None),
         ("heldout_token_accuracy", "tokens of held-out answers predicted", "heldout_examples", "answers", None),
     ),
+    "classify": (
+        ("heldout_accuracy", "held-out texts labelled rightly", "heldout_examples", "texts", None),
+        ("heldout_f1", "harmonic mean of precision and recall on held-out texts", "heldout_examples", "texts", None),
+    ),
     "reward": (("heldout_accuracy", "held-out pairs ranked rightly", "heldout_pairs", "pairs", None),),
     "dpo": (("preference_accuracy", "held-out pairs preferred rightly", "heldout_pairs", "pairs", None),),
 }
@@ -66,6 +70,8 @@ def own_rows(run: Run, ledger: Ledger) -> list[dict[str, str]]:
     """What the model's own stage measured on held-out material: label, before, value, interval, sample."""
     rows = []
     for key, label, size, unit, before in _OWN.get(own_kind(run), ()):
+        if key == "heldout_f1" and key not in run.report.get("metrics", {}):
+            continue  # no held-out text is of that label, nor was one taken for it
         rows.append(
             {
                 "label": label,
@@ -90,6 +96,14 @@ def own_remarks(lineage: Lineage, ledger: Ledger) -> list[str]:
     if kind == "masked":
         guess = ledger.number(run.metrics, "metrics", "unigram_masked_accuracy", form=_SHARE)
         return [f"Always filling in the most frequent token gives {guess}."]
+    if kind == "classify":
+        guess = ledger.number(run.metrics, "metrics", "majority_accuracy", form=_SHARE)
+        told_of = "means over all labels"
+        if metrics.get("f1_of") != "macro":
+            told_of = f"those of the label '{ledger.text(run.metrics, 'metrics', 'f1_of')}'"
+        label = ledger.text(run.metrics, "metrics", "majority_label")
+        told = [f"Always giving the most frequent label, '{label}', is right on {guess}."]
+        return [*told, *([f"Precision and recall are {told_of}."] if "heldout_f1" in metrics else [])]
     if kind == "reward":
         chance = ledger.number(run.metrics, "metrics", "chance", form=_SHARE)
         told = [f"Guessing gives {chance}."]
@@ -331,6 +345,7 @@ def headline_measure(
     own = {
         "pretrain": ("heldout_bits_per_byte", "bits_per_byte", "Bits per byte"),
         "masked": ("heldout_masked_accuracy", "accuracy", "Masked tokens filled in rightly"),
+        "classify": ("heldout_accuracy", "accuracy", "Texts labelled rightly"),
         "reward": ("heldout_accuracy", "accuracy", "Pairs ranked rightly"),
     }
     if kind not in own:

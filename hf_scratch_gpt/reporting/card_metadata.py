@@ -14,6 +14,7 @@ TASKS = {
     "pretrain": ("text-generation", "AutoModelForCausalLM"),
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "sft": ("text-generation", "AutoModelForCausalLM"),
+    "classify": ("text-classification", "AutoModelForSequenceClassification"),
     "reward": ("text-classification", "AutoModelForSequenceClassification"),
     "dpo": ("text-generation", "AutoModelForCausalLM"),
     "ppo": ("text-generation", "AutoModelForCausalLM"),
@@ -35,6 +36,8 @@ def _eval_results(
         what = f"questions {evaluated.questions_about()}"
     elif own_kind(lineage.run) == "reward":
         what = "preferences"
+    elif own_kind(lineage.run) == "classify":
+        what = "labelled texts"
     return [
         EvalResult(
             task_type=task,

@@ -18,6 +18,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "pretrain": (("loss", "Loss (nats a token)"), ("tokens_per_second", "Speed (tokens a second)")),
     "sft": (("loss", "Loss (nats a token)"), ("mean_token_accuracy", "Answer tokens predicted")),
+    "classify": (("loss", "Loss (nats a text)"),),
     "reward": (("loss", "Loss"), ("accuracy", "Pairs ranked right (training)"), ("margin", "Margin")),
     "dpo": (("loss", "Loss"), ("rewards/accuracies", "Pairs ranked right (training)"), ("rewards/margins", "Margin")),
     "ppo": (
@@ -30,6 +31,7 @@ _X_AXES = (("episodes", "episodes"), ("tokens", "tokens"), ("step", "steps"))
 _STAGE_COLOURS = {
     "pretrain": "var(--c0)",
     "sft": "var(--c1)",
+    "classify": "var(--c4)",
     "reward": "var(--c4)",
     "dpo": "var(--c2)",
     "ppo": "var(--c3)",
@@ -37,6 +39,7 @@ _STAGE_COLOURS = {
 _TITLES = {
     "pretrain": "Pretraining",
     "sft": "Instruction tuning (SFT)",
+    "classify": "Classification",
     "reward": "Reward model",
     "dpo": "Direct preference optimisation (DPO)",
     "ppo": "Reinforcement learning (PPO)",
@@ -129,6 +132,11 @@ def headline(report: dict[str, Any]) -> list[dict[str, Any]]:
             percent(sft["heldout_exact_match"]),
             f"after tuning; guessing gives {percent(sft['chance_level'])}",
         )
+    classify = stages.get("classify", {})
+    if "heldout_accuracy" in classify:
+        note = f"{classify['heldout_examples']} texts; always '{classify['majority_label']}' gives"
+        note += f" {percent(classify['majority_accuracy'])}"
+        add("Unseen texts labelled right", "", percent(classify["heldout_accuracy"]), note)
     reward = stages.get("reward", {})
     if "heldout_accuracy" in reward:
         note = f"by the reward model, {reward['heldout_pairs']} unseen pairs; guessing gives 50%"

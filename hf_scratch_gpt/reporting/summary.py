@@ -13,7 +13,7 @@ from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import peak_rss_bytes
 
 # The stages in the order of the road.
-ROAD = ("tokenizer", "prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate")
+ROAD = ("tokenizer", "prepare", "pretrain", "sft", "classify", "reward", "dpo", "ppo", "evaluate")
 MODEL_STAGES = ("pretrain", "sft", "dpo", "ppo")
 # What a model is called in the evaluation if its run cannot be told by its id.
 _USUAL_NAMES = {"pretrain": "base"}
@@ -52,6 +52,19 @@ _COPIED = {
         "heldout_masked_tokens",
     ),
     "sft": ("examples", "steps", "tokens", "last_train_loss", "heldout_loss", "heldout_token_accuracy"),
+    "classify": (
+        "examples",
+        "steps",
+        "tokens",
+        "heldout_accuracy",
+        "heldout_accuracy_interval",
+        "heldout_examples",
+        "heldout_f1",
+        "heldout_f1_interval",
+        "f1_of",
+        "majority_accuracy",
+        "majority_label",
+    ),
     "reward": (
         "pairs",
         "steps",

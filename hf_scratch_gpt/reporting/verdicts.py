@@ -183,6 +183,30 @@ def _sft(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _classify(stage: dict[str, Any]) -> dict[str, Any]:
+    """Judged against always giving the most frequent label, which a classifier that learnt nothing does."""
+    if "heldout_accuracy" not in stage:
+        return {"measure": "texts labelled right, held-out", "verdict": "not measured"}
+    low, high = stage["heldout_accuracy_interval"]
+    guess = stage["majority_accuracy"]
+    state = GOOD if low > guess else BAD if high < guess else NEUTRAL
+    told = [f"{stage['heldout_examples']} held-out texts"]
+    if "heldout_f1" in stage:
+        of = "mean over the labels" if stage["f1_of"] == "macro" else f"'{stage['f1_of']}'"
+        told.append(f"F1 {stage['heldout_f1']:.3f} ({of})")
+    words = {GOOD: "better than", NEUTRAL: "not clearly better than", BAD: "worse than"}[state]
+    return {
+        "measure": "texts labelled right, held-out",
+        "after": stage["heldout_accuracy"],
+        "interval": stage["heldout_accuracy_interval"],
+        "scale": (0.0, 1.0),
+        "chance": guess,
+        "verdict": f"{words} always '{stage['majority_label']}': {percent(guess)}",
+        "state": state,
+        "detail": ", ".join(told),
+    }
+
+
 def _reward(stage: dict[str, Any]) -> dict[str, Any]:
     if "heldout_accuracy" not in stage:
         return {"measure": "pairs ranked right, held-out", "verdict": "not measured"}
@@ -236,6 +260,7 @@ def stage_rows(report: dict[str, Any]) -> list[StageRow]:
         "prepare": _prepare,
         "pretrain": lambda stage: _pretrain(stage, stages.get("prepare", {}).get("heldout_compression") or {}),
         "sft": _sft,
+        "classify": _classify,
         "reward": _reward,
         "dpo": _aligned,
         "ppo": _aligned,

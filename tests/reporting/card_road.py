@@ -8,8 +8,8 @@ from reporting_road import write_evaluation, write_training
 from hf_scratch_gpt.runs import write_json
 from hf_scratch_gpt.runs.folder import model_files
 
-STAGES = ("tokenizer", "prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate")
-MODELS = ("pretrain", "sft", "reward", "dpo", "ppo")
+STAGES = ("tokenizer", "prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "classify")
+MODELS = ("pretrain", "sft", "classify", "reward", "dpo", "ppo")
 SOURCE = "/home/somebody/secret/my|texts"
 MADE_FROM = {
     "tokenizer": {"sources": [SOURCE, "python-docs"]},
@@ -19,6 +19,7 @@ MADE_FROM = {
     "reward": {"model_name_or_path": "sft", "dataset": "prepare"},
     "dpo": {"model_name_or_path": "sft", "dataset": "prepare"},
     "ppo": {"model_name_or_path": "sft", "reward_model": "reward", "dataset": "prepare"},
+    "classify": {"model_name_or_path": "pretrain", "dataset": SOURCE},
     "evaluate": {"models": ["pretrain", "sft", "dpo", "ppo"], "dataset_dir": "prepare", "reward_model": "reward"},
 }
 SIZES = {
@@ -50,6 +51,7 @@ SIZES = {
         **{"heldout_loss_interval": [0.616, 0.735], "heldout_token_accuracy": 0.871},
         "heldout_token_accuracy_interval": [0.86, 0.882],
     },
+    "classify": {"parameters": 4_098_560, "steps": 420, "tokens": 400_123},
     "reward": {"parameters": 4_100_257, "steps": 401, "pairs": 9952, "length_correlation": -0.138},
     "dpo": {"parameters": 4_100_000, "steps": 45, "pairs": 1459, "preferences": "own answers"},
     "ppo": {"parameters": 4_100_000, "steps": 48, "episodes": 1536, "checker_weight": 4.0},

@@ -149,6 +149,18 @@ def write_training(root):
     write_run(root, "sft", {"examples": 14000, "last_train_loss": 0.4}, 4, 120.0, _curve({"loss": (2.4, 0.31)}, 60))
     write_run(
         root,
+        "classify",
+        {
+            **{"examples": 4459, "heldout_examples": 1115, "heldout_accuracy": 0.981, "heldout_f1": 0.927},
+            **{"heldout_accuracy_interval": [0.971, 0.988], "heldout_f1_interval": [0.891, 0.958], "f1_of": "spam"},
+            **{"majority_accuracy": 0.866, "majority_label": "ham"},
+        },
+        9,
+        45.0,
+        _curve({"loss": (0.69, 0.04)}, 30),
+    )
+    write_run(
+        root,
         "reward",
         {"heldout_accuracy": 0.891, "heldout_accuracy_interval": [0.867, 0.911], "heldout_pairs": 800, "chance": 0.5},
         5,

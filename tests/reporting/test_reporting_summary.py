@@ -22,6 +22,7 @@ PROMISED = {
         "random_init_bits_per_byte",
     ),
     "sft": ("heldout_exact_match", "base_exact_match"),
+    "classify": ("heldout_accuracy", "heldout_examples", "heldout_f1", "majority_accuracy"),
     "reward": ("heldout_accuracy", "heldout_pairs"),
     "dpo": ("gold_reward", "sft_gold_reward", "win_rate_vs_sft", "preference_accuracy"),
     "ppo": ("reward_start", "reward_end", "gold_reward", "sft_gold_reward", "kl", "share_ended"),
@@ -109,6 +110,7 @@ def test_the_terminal_table_is_aligned_and_complete(road):
         "prepare",
         "pretrain",
         "sft",
+        "classify",
         "reward",
         "dpo",
         "ppo",
@@ -117,10 +119,29 @@ def test_the_terminal_table_is_aligned_and_complete(road):
     assert "1.585 – 1.667" in lines[4]
     assert "beats gzip and xz" in lines[4]
     ends = {
-        line.index(number) + len(number) for line, number in zip(lines[4:7], ("1.624", "0.450", "0.891"), strict=True)
+        line.index(number) + len(number) for line, number in zip(lines[4:7], ("1.624", "0.450", "0.981"), strict=True)
     }
     assert len(ends) == 1
     assert lines[-1].startswith("whole road: 13 min 20 s")
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "state"),
+    [
+        ([0.87, 0.9], "better than always 'ham': 86%", "good"),
+        ([0.8, 0.9], "not clearly better than always 'ham': 86%", "neutral"),
+        ([0.7, 0.8], "worse than always 'ham': 86%", "bad"),
+    ],
+)
+def test_a_classifier_is_judged_against_the_most_frequent_label(tmp_path, interval, verdict, state):
+    metrics = {
+        **{"heldout_accuracy": sum(interval) / 2, "heldout_accuracy_interval": interval, "heldout_examples": 99},
+        **{"majority_accuracy": 0.86, "majority_label": "ham", "f1_of": "spam", "heldout_f1": 0.5},
+    }
+    write_run(tmp_path, "classify", metrics, 1)
+    (row,) = stage_rows(make_report(tmp_path, 1.0))
+    assert (row.verdict, row.state, row.chance) == (verdict, state, 0.86)
+    assert row.detail == "99 held-out texts, F1 0.500 ('spam')"
 
 
 def test_report_files_are_written_and_overwritten(road):
