@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 from hf_scratch_gpt.finetuning.arguments import make_lora_config
+from hf_scratch_gpt.model.cache_name import cache_argument, cache_of
 
 
 def check_method(arguments: Any) -> None:

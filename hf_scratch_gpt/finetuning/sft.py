@@ -146,7 +146,7 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
     if not stage_run.is_main:
         return
     metrics |= {"examples": len(examples.train), "dropped_rows": examples.dropped, "peft": arguments.peft, **told}
-        metrics["rejected_rows"] = examples.rejected
+    metrics["rejected_rows"] = examples.rejected
     if examples.heldout is not None:
         batch_size = arguments.per_device_eval_batch_size
         metrics |= measure_heldout(model, examples.heldout, tokenizer.pad_token_id, batch_size)
