@@ -9,8 +9,11 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_scratch_gpt.data.conversations import load_conversations, load_preferences, load_rankings
+from hf_scratch_gpt.data.formats import TeachesNothing, read_conversations, read_preferences, read_rankings
 from hf_scratch_gpt.data.rejected import REJECTED_SHARE, RejectedRows, shortened
 
 GOOD = {"prompt": "fine", "completion": "fine"}
@@ -288,3 +291,50 @@ def test_content_is_shortened_to_what_a_file_can_hold():
     ring: list = []
     ring.append(ring)
     assert shortened(ring) == "..."
+
+
+COLUMNS = [
+    *(
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "text",
+        "system",
+        "tools",
+    ),
+    *("chosen", "rejected", "completions", "answers", "ranks", "scores", "functions", "question", "answer"),
+]
+FIELDS = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text", "weight"]
+WORDS = ["user", "assistant", "tool", "system", "human", "gpt", "function_call", "f", "{}", "[]", "a", "", "\ud83d"]
+TEXTS = st.sampled_from(
+    [*WORDS, "\n\nHuman: a\n\nAssistant: b", '<tool_call>{"name": "f", "arguments": 1}</tool_call>']
+)
+LEAVES = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | TEXTS | st.text(max_size=3)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXTS | VALUES, "content": TEXTS | VALUES}), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(COLUMNS), VALUES | MESSAGES, max_size=4))
+def test_any_row_is_read_or_refused_in_one_line(row):
+    for read in (read_conversations, read_preferences, read_rankings):
+        made, told = [], ""
+        try:
+            made = list(read(row))
+        except (TeachesNothing, ValueError) as error:
+            told = str(error)
+        assert bool(made) != bool(told), "a row that gives nothing says why"
+        assert "\n" not in told
+        for one in made:
+            sides = [one[name] for name in ("completion", "chosen", "rejected") if name in one]
+            for messages in [one["prompt"], *sides, *one.get("completions", [])]:
+                assert all(isinstance(message["content"], str) for message in messages)
+                json.dumps(one, ensure_ascii=False).encode("utf-8")
