@@ -43,7 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_name import CACHE_NAME, given_cache, is_paged
+from .cache_name import CACHE_NAME, OLD_NAME, given_cache, is_paged
 from .configuration_scratch_gpt import ScratchGPTConfig
 from .linear_cross_entropy import linear_cross_entropy
 from .packed_linear import packed_linear_layers
@@ -545,6 +545,13 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As `GenerationMixin`'s; the cache has its old name, by which PEFT 0.21 looks for it to put a prefix there."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE_NAME in inputs:
+            inputs[OLD_NAME] = inputs.pop(CACHE_NAME)
+        return inputs
 
     def generate(self, *args, **kwargs):
         """As `GenerationMixin.generate`; on a CPU the linear layers are packed for it as long as it runs."""

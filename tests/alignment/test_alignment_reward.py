@@ -234,11 +234,11 @@ def test_margins_of_the_data_enter_the_loss(model, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, r"row 1 \('What do you say.*'score_chosen' is None, expected a number: 'margin_scale' needs 'margin'"),
-        ({"margin": "much"}, r"row 1 .*'margin' is 'much', expected a number"),
+        ({}, r"pairs.jsonl, line \d+: 'score_chosen' is None, expected a number: 'margin_scale' needs 'margin'"),
+        ({"margin": "much"}, r"pairs.jsonl, line \d+: 'margin' is 'much', expected a number"),
         (
             {"score_chosen": 1, "score_rejected": 2},
-            r"row 1 .*give a margin of -1: the rejected answer would be better",
+            r"pairs.jsonl, line \d+: .*give a margin of -1: the rejected answer would be better",
         ),
     ],
 )
