@@ -546,9 +546,9 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
         """As `GenerationMixin`'s; the cache has its old name, by which PEFT 0.21 looks for it to put a prefix there."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if CACHE_NAME in inputs:
             inputs[OLD_NAME] = inputs.pop(CACHE_NAME)
         return inputs
