@@ -31,12 +31,8 @@ CODE_FAULTS = {
         },
         {"cache-chunks"},
     ),
-    "cache heard under the name alone that generate() does not use": (
-        {
-            "cache = given_cache(cache, past_key_values, kwargs)": (
-                "cache = past_key_values if CACHE_NAME == 'cache' else cache"
-            )
-        },
+    "cache that is given under either name and not heard": (
+        {"cache = given_cache(cache, past_key_values, kwargs)": "cache = None"},
         {"cache-steps", "cache-chunks", "generate-greedy"},
     ),
     "kwargs dropped before the layers": (
