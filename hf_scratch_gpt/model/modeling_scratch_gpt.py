@@ -547,7 +547,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
-        """As `GenerationMixin`'s; the cache has its old name, by which PEFT 0.21 looks for it to put a prefix there."""
+        """As `GenerationMixin`'s; the cache has its old name, by which PEFT 0.21 looks for it to add a prefix."""
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if CACHE_NAME in inputs:
             inputs[OLD_NAME] = inputs.pop(CACHE_NAME)
