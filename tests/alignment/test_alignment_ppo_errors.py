@@ -3,8 +3,7 @@
 import math
 
 import pytest
-import torch
-from ppo_tiny import PROMPTS, VOCABULARY, likes_low, make_llama, make_reward_model, make_tokenizer, make_trainer
+from ppo_tiny import PROMPTS, likes_low, make_llama, make_reward_model, make_tokenizer, make_trainer
 from transformers import LlamaForSequenceClassification
 
 from hf_scratch_gpt.alignment.ppo import PPOConfig
@@ -104,28 +103,6 @@ def tiny_settings():
     }
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused_and_with_the_same_is_taken(tmp_path):
-    folder = tmp_path / "reward"
-    make_reward_model().save_pretrained(folder)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    trainer = make_trainer(tmp_path / "same", reward=str(folder))
-    assert trainer.rewards[0].name == "reward"
-    swapped = dict(VOCABULARY, w1=VOCABULARY["w2"], w2=VOCABULARY["w1"])
-    state = tokenizer.backend_tokenizer.to_str().replace('"w1":4', '"w1":5#').replace('"w2":5', '"w2":4')
-    tokenizer = type(tokenizer)(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(state.replace("5#", "5")),
-        pad_token="<pad>",
-        eos_token="<end>",
-    )
-    assert tokenizer.get_vocab() == swapped
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=r"its tokenizer is not the policy's \(2 tokens differ, for example 'w1' is 5"
-    ):
-        make_trainer(tmp_path / "other", reward=str(folder))
-
-
 def test_a_failing_reward_leaves_the_last_checkpoint_whole(tmp_path):
     calls = []
 
@@ -144,7 +121,7 @@ def test_a_failing_reward_leaves_the_last_checkpoint_whole(tmp_path):
 
 
 def test_defaults_are_the_known_good_ones(tmp_path):
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert (config.gamma, config.lam, config.cliprange, config.cliprange_value, config.vf_coef) == (
         1,
         0.95,
@@ -154,5 +131,13 @@ def test_defaults_are_the_known_good_ones(tmp_path):
     )
     assert (config.num_ppo_epochs, config.adam_epsilon, config.reward_clip) == (4, 1e-5, 10)
     assert config.missing_end_score == -1
-    assert not config.bf16
-    assert torch.tensor(config.steps_per_rollout) == 16
+    assert config.steps_per_rollout == 16
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_is_used_where_it_is_fast_and_a_warning_says_where_not(tmp_path, monkeypatch, caplog, is_fast):
+    monkeypatch.setattr("hf_scratch_gpt.alignment.ppo.config.has_fast_bf16", lambda device: is_fast)
+    trainer = make_trainer(tmp_path, bf16=None)
+    assert trainer.args.bf16 == is_fast
+    assert (trainer.accelerator.mixed_precision == "bf16") == is_fast
+    assert ("PPO computes in fp32: bf16 is not faster" in caplog.text) != is_fast
