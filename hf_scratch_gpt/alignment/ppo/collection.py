@@ -57,7 +57,7 @@ class EpisodeCollection:
         mask = rollout.mask
         kl = losses.kl_k1(rollout.log_probs, ref_log_probs) * mask
         scores = losses.leave_one_out(columns["reward"], args.responses_per_prompt)
-        rewards = losses.token_rewards(scores.to(mask), kl, mask, self.kl_coef)
+        rewards = losses.token_rewards(scores, kl, mask, self.kl_coef)
         if args.whiten_rewards:
             rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
         advantages, rollout.returns = losses.generalised_advantages(
@@ -97,9 +97,9 @@ class EpisodeCollection:
 
     def _gather(self, values: Tensor, is_left_padded: bool = False) -> Tensor:
         """Rows of all processes, one process after another, padded with zeros to the longest."""
+        values = values.to(self.accelerator.device)
         if self.args.world_size == 1:
             return values
-        values = values.to(self.accelerator.device)
         if values.dim() > 1:
             values = self.accelerator.pad_across_processes(values, dim=1, pad_first=is_left_padded)
         return self.accelerator.gather(values.contiguous())
