@@ -21,7 +21,7 @@ OTHER_TEMPLATE = (
 def make_other_tokenizer(chat=False):
     """Words as the policy's tokenizer has them, under other ids, with another end token and no control tokens else."""
     words = sorted(word for word in VOCABULARY if not word.startswith("<"))
-    ids = {"</s>": 0, "[pad]": 1, "user": 2, "assistant": 3, **{word: 4 + n for n, word in enumerate(words)}}
+    ids = {"[pad]": 0, "</s>": 1, "user": 2, "assistant": 3, **{word: 4 + n for n, word in enumerate(words)}}
     backend = Tokenizer(models.WordLevel(ids, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[pad]", eos_token="</s>")
@@ -151,7 +151,7 @@ def test_an_encoder_is_a_reward_model_too(tmp_path):
     set_seed(3)
     config = BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=40, num_labels=1, pad_token_id=1,
+        max_position_embeddings=40, num_labels=1, pad_token_id=0,
     )  # fmt: skip
     reward, other = BertForSequenceClassification(config).eval(), make_other_tokenizer()
     trainer = make_trainer(tmp_path, reward=reward, missing_end_score=None, given={"reward_processing_classes": other})

@@ -5,6 +5,7 @@ Two of them need two real processes and stand in `test_alignment_ppo_distributed
 """
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ def test_5_a_run_resumes_to_the_same_bits(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 11}
     whole = make_trainer(tmp_path, **options)
     whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-11")  # the last step is saved too
     resumed = make_trainer(tmp_path, **{**options, "save_strategy": "no"})
     resumed.train(resume_from_checkpoint=True)  # from step 10, inside the second rollout
     assert resumed.records.rollouts == whole.records.rollouts
@@ -162,26 +164,26 @@ def test_10_evaluate_works_alone_in_training_and_for_early_stopping(tmp_path, pe
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_reward",
         "greater_is_better": True,
-        "learning_rate": 0.5,  # destroys the policy, so that later evaluations are worse
+        "missing_end_score": None,
         "max_steps": 40,
-        "kl_coef": 5.0,
+        "learning_rate": 1e-2,
     }
     held_out = {"eval_dataset": PROMPTS[:10]}
-    trainer = make_trainer(tmp_path, peft=peft, reward=likes_few, given=held_out, critic="separate", **settings)
+    trainer = make_trainer(tmp_path, peft=peft, reward=best_at_six, given=held_out, critic="separate", **settings)
     before = trainer.evaluate()
     assert {"eval_reward", "eval_kl", "eval_response_length", "eval_share_without_end"} <= set(before)
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
     trainer.train()
-    assert trainer.state.global_step < 40
-    measured = {line["step"]: line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line}
-    best = trainer.state.best_global_step
-    assert measured[best] == trainer.state.best_metric == max(v for step, v in measured.items() if step)
-    assert trainer.evaluate()["eval_reward"] == measured[best]  # policy of the best step, not of the last
+    lines = {line["step"]: line for line in trainer.state.log_history if "eval_reward" in line}
+    assert sorted(lines) == [0, 2, 4, 6, 8, 10]  # two evaluations after the best one
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (6, 0.0)
+    assert len({line["eval_kl"] for line in lines.values()}) == 6
+    assert trainer.evaluate()["eval_kl"] == lines[6]["eval_kl"]  # the policy of the best step, not of the last
 
 
-def likes_few(prompts, completions, completion_ids):
-    """Fewer words are better: what a destroyed policy cannot keep to."""
-    return [-float(len(set(ids))) for ids in completion_ids]
+def best_at_six(completions, trainer_state):
+    """As good as the step is near to the sixth."""
+    return [-abs(trainer_state.global_step - 6) / 10] * len(completions)
 
 
 def test_11_logging_steps_are_not_ignored(tmp_path):
@@ -194,13 +196,13 @@ def test_11_logging_steps_are_not_ignored(tmp_path):
 
 def test_12_a_response_is_as_long_as_it_is(tmp_path):
     """TRL samples and trains on `response_length` tokens, whatever ends before; ours stops when all have ended."""
-    model = make_llama()
-    calls = []
-    plain = model.forward
-    model.forward = lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
     trainer = make_trainer(
-        tmp_path, model, end_token_ids=[END, *range(3, 50)], max_new_tokens=24, max_steps=1, num_ppo_epochs=1
+        tmp_path, end_token_ids=[END, *range(3, 50)], max_new_tokens=24, max_steps=1, num_ppo_epochs=1
     )
+    calls = []
+    policy = trainer.model.policy
+    plain = policy.forward
+    policy.forward = lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
     trainer.train()
     lengths = trainer.rollout.mask.sum(-1)
     assert len(set(lengths.tolist())) > 1
