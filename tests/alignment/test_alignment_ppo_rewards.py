@@ -1,7 +1,6 @@
 """Rewards of every kind: async functions that wait together, reward models that read through their own tokenizer."""
 
 import asyncio
-import time
 
 import pytest
 import torch
@@ -40,46 +39,48 @@ def alone(reward, ids):
         return float(reward(torch.tensor([ids])).logits)
 
 
-async def waits_and_likes_low(prompts, completions, **columns):
-    await asyncio.sleep(0.2)
-    return likes_low(prompts, completions)
+class Waiting:
+    """Async rewards that each wait until all of them have been called: one after another they would wait for ever."""
 
+    def __init__(self, count):
+        self.count, self.started = count, []
 
-class Judge:
-    """An object with an async call, as a client of an endpoint is."""
-
-    async def __call__(self, prompts, completions, **columns):
-        await asyncio.sleep(0.2)
-        return [1.0] * len(prompts)
+    async def meet(self):
+        self.started.append(1)
+        while len(self.started) < self.count:
+            await asyncio.sleep(0.01)
 
 
 def test_async_rewards_score_as_sync_ones_and_wait_together(tmp_path):
-    rewards = [waits_and_likes_low, likes_low, Judge(), make_reward_model(), lambda **given: Judge()(**given)]
-    trainer = make_trainer(tmp_path, reward=rewards[:4], missing_end_score=None)
-    begin = time.monotonic()
-    episodes = sample(trainer)
-    together = time.monotonic() - begin
-    assert together < 0.39 + one_after_another(trainer)
-    scores = list(episodes.by_reward.values())
-    assert torch.equal(scores[0], scores[1])
-    assert torch.equal(scores[2], torch.ones(16))
-    # A function that only returns an awaitable, from a thread whose event loop is running already.
-    trainer = make_trainer(tmp_path, reward=rewards[4])
+    waiting = Waiting(2)
 
-    async def in_a_notebook():
+    async def likes_low_too(prompts, completions, **columns):
+        await waiting.meet()
+        return likes_low(prompts, completions)
+
+    class Judge:
+        """An object with an async call, as a client of an endpoint is."""
+
+        async def __call__(self, prompts, completions, **columns):
+            await waiting.meet()
+            return [1.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, reward=[likes_low_too, likes_low, Judge(), make_reward_model()])
+    first, second, third, _ = sample(trainer).by_reward.values()
+    assert torch.equal(first, second)
+    assert torch.equal(third, torch.ones(16))
+
+
+def test_a_function_that_returns_an_awaitable_is_awaited_even_in_a_notebook(tmp_path):
+    async def ones(completions):
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(tmp_path, reward=lambda completions: ones(completions))
+
+    async def in_a_notebook():  # whose thread has a running event loop
         return sample(trainer)
 
     assert torch.equal(asyncio.run(in_a_notebook()).raw_scores, torch.ones(16))
-
-
-def one_after_another(trainer):
-    """Seconds of the same without what waits."""
-    waiting = trainer.rewards
-    trainer.rewards = [reward for reward in waiting if not getattr(reward, "is_async", False)]
-    begin = time.monotonic()
-    sample(trainer)
-    trainer.rewards = waiting
-    return time.monotonic() - begin
 
 
 def test_an_async_reward_that_raises_is_named(tmp_path):
