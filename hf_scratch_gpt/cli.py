@@ -63,7 +63,11 @@ def _usage() -> str:
 
 
 def write_stage_page(name: str, folder: Path) -> None:
-    """Write the page that a stage's folder has besides what the stage itself writes: `prepare` has the data report."""
+    """Write what a stage's folder has besides what the stage itself writes: `prepare` a page, `ppo` a picture."""
+    if name == "ppo":
+        from hf_scratch_gpt.reporting.reward_kl import draw_reward_kl
+
+        draw_reward_kl(folder)
     if name == "prepare":
         from hf_scratch_gpt.reporting.data_report import write_data_report
 

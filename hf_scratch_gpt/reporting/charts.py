@@ -104,6 +104,33 @@ def line_chart(points: Points, title: str, x_label: str, colour: str) -> str:
     )
 
 
+def path_chart(points: Points, title: str, x_label: str, colour: str) -> str:
+    """A curve whose x may turn back, in the order of the points: a dot for each, and the path of their moving mean.
+
+    Args:
+        points: (x, y) in the order of training; the first mean is marked hollow and the last full.
+        title, x_label, colour: As of `line_chart`.
+    """
+    points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if len(points) < 2:
+        return ""
+    frame = _Frame(points, x_label)
+    width = max(1, len(points) // 12)
+    means = zip(*(moving_mean(values, width) for values in zip(*points, strict=True)), strict=True)
+    line = [(frame.x(x), frame.y(y)) for x, y in means]
+    dots = "".join(
+        f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="1.6" style="fill:{colour};opacity:.35"/>'
+        for x, y in points
+    )
+    (start_x, start_y), (end_x, end_y) = line[0], line[-1]
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>{escape(title)}</title>{frame.svg()}'
+        f'{dots}<path class="line" style="stroke:{colour}" d="{_path(line)}"/>'
+        f'<circle cx="{start_x:.1f}" cy="{start_y:.1f}" r="3" style="fill:none;stroke:{colour}"/>'
+        f'<circle cx="{end_x:.1f}" cy="{end_y:.1f}" r="3" style="fill:{colour}"/></svg>'
+    )
+
+
 def interval_mark(
     value: float,
     interval: Sequence[float] | None,

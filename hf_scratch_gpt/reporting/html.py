@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_scratch_gpt.reporting import charts
+from hf_scratch_gpt.reporting.reward_kl import reward_kl_charts
 from hf_scratch_gpt.reporting.summary import StageFolder, find_stages, model_names
 from hf_scratch_gpt.reporting.table import figure
 from hf_scratch_gpt.reporting.verdicts import count, duration, percent, stage_rows
@@ -80,6 +81,8 @@ def curve_charts(runs: dict[str, StageFolder]) -> list[dict[str, Any]]:
             svg = charts.line_chart(points, title, x_label, _STAGE_COLOURS[stage])
             if svg:
                 shown.append({"title": title, "first": points[0][1], "last": points[-1][1], "svg": svg})
+        if stage == "ppo":
+            shown += reward_kl_charts(runs[stage].folder, _STAGE_COLOURS[stage])
         if shown:
             told.append({"stage": stage, "title": _TITLES[stage], "charts": shown})
     return told

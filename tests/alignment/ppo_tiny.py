@@ -77,10 +77,12 @@ def likes_low(prompts, completions, **columns):
     return [sum(number < 20 for number in numbers) / max(1, len(numbers)) for numbers in words]
 
 
-def make_trainer(folder, model=None, reward=likes_low, peft=False, rows=None, tokenizer=None, **options):
+def make_trainer(folder, model=None, reward=likes_low, peft=False, rows=None, tokenizer=None, given=None, **options):
+    """A trainer; `options` are settings, and `given` what `PPOTrainer` itself takes besides."""
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
+        "bf16": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -106,6 +108,7 @@ def make_trainer(folder, model=None, reward=likes_low, peft=False, rows=None, to
         PROMPTS if rows is None else rows,
         processing_class=tokenizer or make_tokenizer(),
         peft_config=peft_config,
+        **(given or {}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

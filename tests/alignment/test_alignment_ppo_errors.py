@@ -3,11 +3,11 @@
 import math
 
 import pytest
-import torch
-from ppo_tiny import PROMPTS, VOCABULARY, likes_low, make_llama, make_reward_model, make_tokenizer, make_trainer
+from ppo_tiny import PROMPTS, likes_low, make_llama, make_reward_model, make_tokenizer, make_trainer
 from transformers import LlamaForSequenceClassification
 
 from hf_scratch_gpt.alignment.ppo import PPOConfig
+from hf_scratch_gpt.runs.checkpoints import find_damage
 
 
 def raising(prompts, completions, **columns):
@@ -71,6 +71,12 @@ def test_settings_that_cannot_work_are_named(tmp_path, options, message):
         make_trainer(tmp_path, **options)
 
 
+def test_conversations_without_a_chat_template_are_refused(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "w1"}]}]
+    with pytest.raises(ValueError, match="row 0: 'prompt' is a conversation, but the policy's tokenizer has no chat"):
+        make_trainer(tmp_path, rows=rows)
+
+
 def test_a_tokenizer_without_end_token_is_refused(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
@@ -104,47 +110,61 @@ def tiny_settings():
     }
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused_and_with_the_same_is_taken(tmp_path):
-    folder = tmp_path / "reward"
-    make_reward_model().save_pretrained(folder)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    trainer = make_trainer(tmp_path / "same", reward=str(folder))
-    assert trainer.rewards[0].name == "reward"
-    swapped = dict(VOCABULARY, w1=VOCABULARY["w2"], w2=VOCABULARY["w1"])
-    state = tokenizer.backend_tokenizer.to_str().replace('"w1":4', '"w1":5#').replace('"w2":5', '"w2":4')
-    tokenizer = type(tokenizer)(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(state.replace("5#", "5")),
-        pad_token="<pad>",
-        eos_token="<end>",
-    )
-    assert tokenizer.get_vocab() == swapped
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=r"its tokenizer is not the policy's \(2 tokens differ, for example 'w1' is 5"
-    ):
-        make_trainer(tmp_path / "other", reward=str(folder))
+def raise_error(count):
+    raise RuntimeError("the judge is away")
 
 
-def test_a_failing_reward_leaves_the_last_checkpoint_whole(tmp_path):
+FAILURES = {
+    "raises": (raise_error, "raised RuntimeError: the judge is away"),
+    "too few": (lambda count: [0.0] * (count - 1), "returned 15 scores for 16 completions"),
+    "nan": (lambda count: [0.0] * (count - 1) + [math.nan], "returned nan for completion 15"),
+    "infinite": (lambda count: [math.inf] * count, "returned inf for completion 0"),
+}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_reward_that_fails_later_leaves_the_last_checkpoint_whole(tmp_path, failure, is_async):
+    fail, message = FAILURES[failure]
     calls = []
 
     def fails_later(prompts, completions, **columns):
         calls.append(1)
-        if len(calls) > 1:
-            raise RuntimeError("the judge is away")
-        return likes_low(prompts, completions)
+        return fail(len(completions)) if len(calls) > 1 else likes_low(prompts, completions)
 
-    options = {"save_strategy": "steps", "save_steps": 8, "max_steps": 16}
-    with pytest.raises(ValueError, match="'fails_later' raised RuntimeError: the judge is away"):
-        make_trainer(tmp_path, reward=fails_later, **options).train()
-    resumed = make_trainer(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert resumed.state.global_step == 16
+    async def fails_later_too(prompts, completions, **columns):
+        return fails_later(prompts, completions)
+
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+    with pytest.raises(ValueError, match=f"reward function 'fails_later(_too)?' {message}"):
+        make_trainer(tmp_path, reward=fails_later_too if is_async else fails_later, **options).train()
+    assert find_damage(tmp_path / "checkpoint-8") is None
+    if failure == "raises":
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 12
+        assert len(resumed.records.rollouts) == 2
+
+
+def test_resuming_with_other_settings_of_the_steps_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    make_trainer(tmp_path, **options).train()
+    for changed, message in (
+        ({"num_ppo_epochs": 4}, "was saved with num_ppo_epochs 2, and now it is 4"),
+        ({"per_device_train_batch_size": 8}, "was saved with minibatch_size 4, and now it is 8"),
+        ({"seed": 1}, "was saved with seed 42, and now it is 1"),
+        ({"bf16": True}, "was saved with precision fp32, and now it is bf16"),
+        ({"rows": PROMPTS[:20]}, "was saved with prompts 24, and now it is 20"),
+    ):
+        trainer = make_trainer(tmp_path, **{**options, **changed})
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint to resume from"):
+        make_trainer(tmp_path / "none", **options).train(resume_from_checkpoint=True)
 
 
 def test_defaults_are_the_known_good_ones(tmp_path):
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert (config.gamma, config.lam, config.cliprange, config.cliprange_value, config.vf_coef) == (
         1,
         0.95,
@@ -154,5 +174,13 @@ def test_defaults_are_the_known_good_ones(tmp_path):
     )
     assert (config.num_ppo_epochs, config.adam_epsilon, config.reward_clip) == (4, 1e-5, 10)
     assert config.missing_end_score == -1
-    assert not config.bf16
-    assert torch.tensor(config.steps_per_rollout) == 16
+    assert config.steps_per_rollout == 16
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_is_used_where_it_is_fast_and_a_warning_says_where_not(tmp_path, monkeypatch, caplog, is_fast):
+    monkeypatch.setattr("hf_scratch_gpt.alignment.ppo.config.has_fast_bf16", lambda device: is_fast)
+    trainer = make_trainer(tmp_path, bf16=None)
+    assert trainer.args.bf16 == is_fast
+    assert (trainer.accelerator.mixed_precision == "bf16") == is_fast
+    assert ("PPO computes in fp32: bf16 is not faster" in caplog.text) != is_fast

@@ -52,7 +52,7 @@ def test_resume_is_exact_at_a_rollout_boundary_and_inside_one(tmp_path, kind):
     completions = (tmp_path / "whole" / "completions.jsonl").read_text()
     for step in (8, 13):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        has_rollout = (checkpoint / "ppo_rollout_0.safetensors").is_file()
+        has_rollout = (checkpoint / "ppo_rollout.safetensors").is_file()
         assert has_rollout == (step % 8 != 0)
         resumed = make_trainer(tmp_path / "whole", reward=make_reward_model(), **{**options, "save_strategy": "no"})
         torch.manual_seed(step)  # nothing may hang on the process's own random state
@@ -93,8 +93,8 @@ def test_a_checkpoint_that_lost_its_rollout_or_is_another_trainers_is_refused(tm
     options = {**OPTIONS, "max_steps": 8, "save_steps": 3}
     make_trainer(tmp_path, **options).train()
     checkpoint = tmp_path / "checkpoint-3"
-    (checkpoint / "ppo_rollout_0.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"step 3 has no ppo_rollout_0\.safetensors"):
+    (checkpoint / "ppo_rollout.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step 3 has no ppo_rollout\.safetensors"):
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "ppo_state.json").unlink()
     with pytest.raises(ValueError, match="not a checkpoint of PPO"):

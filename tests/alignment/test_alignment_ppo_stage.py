@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from hf_scratch_gpt.model import (
     ScratchGPTTokenizer,
     encode_conversation,
 )
+from hf_scratch_gpt.reporting.reward_kl import draw_reward_kl
 from hf_scratch_gpt.runs import Interrupted, parse_arguments, read_json, read_metrics
 from hf_scratch_gpt.runs.checkpoints import newest_checkpoint
 
@@ -169,6 +173,53 @@ def test_prompts_need_no_answer_and_may_be_text(inputs, tmp_path):
     assert rows[0] == {"prompt": [{"role": "user", "content": "Which?"}]}
     assert rows[1]["prompt"][0]["content"] == "Who?"
     assert stage.read_prompt_rows(str(inputs / "train.jsonl"), "train")[3]["answer"] == COLOURS[3]
+
+
+def test_a_data_file_that_cannot_be_used_is_named(inputs, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    for text, message in (
+        ("", r"prompts\.jsonl"),
+        ('{"question": "Which?"}\n', r"prompts\.jsonl.*(question|prompt)"),
+        (
+            '{"prompt": "%s"}\n' % ("red " * 200),
+            r"prompts\.jsonl, row 0: the prompt has \d+ tokens, but the model's con",
+        ),
+    ):
+        path.write_text(text)
+        with pytest.raises((ValueError, OSError), match=message):
+            stage.run(make_arguments(inputs, tmp_path / "ppo", dataset=path, eval_prompts=0))
+
+
+def test_rollouts_are_kept_with_the_gold_reward_beside_the_learnt_one(inputs, tmp_path):
+    folder = stage.run(make_arguments(inputs, tmp_path / "ppo", ptx_dataset=write_text(tmp_path), ptx_length=8))
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == [8, 16, 24]
+    assert all(row["reward_gold"] == row["rewards/gold"] for row in rows)
+    assert rows[0]["reward_learnt"] == pytest.approx((rows[0]["rewards/reward"] - 0.1) / 0.5, abs=1e-5)
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert curve[0]["ptx_loss"] > 0
+    assert draw_reward_kl(folder).name == "reward_kl.svg"
+
+
+def write_text(folder):
+    path = folder / "text.jsonl"
+    path.write_text('{"text": "red is not green and black is not white"}\n' * 9)
+    return path
+
+
+def test_the_readmes_example_runs(inputs, tmp_path, monkeypatch):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## PPO\n", 1)[1].split("\n## ", 1)[0]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    small = "total_episodes=8, rollout_batch_size=8, per_device_train_batch_size=4, max_new_tokens=6, use_cpu=True"
+    assert "total_episodes=20_000" in example
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs, tmp_path / "runs" / "mine")
+    names = {"rows": make_rows(8)}
+    exec(example.replace("total_episodes=20_000", small + ", report_to='none'"), names)
+    row = names["trainer"].records.rollouts[0]
+    assert {"rewards/reward", "rewards/short", "rewards/gold", "reward_gold", "reward_learnt"} <= set(row)
+    assert (tmp_path / "runs" / "mine" / "ppo" / "rollouts.jsonl").is_file()
 
 
 def test_missing_inputs_are_named(inputs, tmp_path):

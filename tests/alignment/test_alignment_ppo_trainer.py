@@ -20,10 +20,20 @@ from ppo_tiny import (
 from torch.testing import assert_close
 
 from hf_scratch_gpt.alignment.ppo import losses
-from hf_scratch_gpt.alignment.ppo.generation import sample_responses
+from hf_scratch_gpt.alignment.ppo.generation import draw_uniforms, sample_responses
 from hf_scratch_gpt.alignment.ppo.models import ValueHead
 from hf_scratch_gpt.alignment.ppo.prompts import left_pad
+from hf_scratch_gpt.alignment.ppo.sampling import SamplingRule
 from hf_scratch_gpt.alignment.ppo.schedule import prompt_order
+
+
+def sample(model, ids, mask, ends, suppressed, pad, max_new_tokens, temperature, seed, **options):
+    rule = SamplingRule(ends, suppressed, pad, max_new_tokens, temperature, **options)
+    return sample_responses(model, ids, mask, rule, draw_uniforms(len(ids), max_new_tokens, seed))
+
+
+def sample_from(trainer, prompts, seed):
+    return trainer._sample(prompts, draw_uniforms(len(prompts), trainer.args.max_new_tokens, seed))
 
 
 def roll_out(trainer):
@@ -105,9 +115,7 @@ def test_a_pad_that_is_sampled_neither_hides_itself_nor_what_follows():
     nothing = torch.tensor([], dtype=torch.long)
     with torch.no_grad():
         model.lm_head.weight[:] = 0  # every token is as likely, the pad included
-    responses = sample_responses(
-        model, ids.repeat(32, 1), mask.repeat(32, 1), torch.tensor([END]), nothing, PAD, 8, 1, 0
-    )
+    responses = sample(model, ids.repeat(32, 1), mask.repeat(32, 1), torch.tensor([END]), nothing, PAD, 8, 1, 0)
     lengths = responses.mask.sum(-1).int().tolist()
     has_pad = 0
     for row, length, ended in zip(responses.ids.tolist(), lengths, responses.ended.tolist(), strict=True):
@@ -131,14 +139,14 @@ def test_sampling_follows_the_policy_and_a_row_does_not_depend_on_its_neighbours
     model = make_llama()
     ends, nothing = torch.tensor([END]), torch.tensor([], dtype=torch.long)
     ids, mask = left_pad([[5, 6, 7], [9]] * 1024, PAD)
-    tokens = sample_responses(model, ids, mask, ends, nothing, PAD, 1, 0.5, seed=3).ids[::2, 0]
+    tokens = sample(model, ids, mask, ends, nothing, PAD, 1, 0.5, seed=3).ids[::2, 0]
     expected = torch.softmax(model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.5, -1)
     frequency = torch.bincount(tokens, minlength=64) / len(tokens)
     assert (frequency - expected).abs().max() < 5 * (expected.max() / len(tokens)) ** 0.5
     # The same draws with rows leaving the batch as they end, and with none ever ending.
     ids, mask = ids[:64], mask[:64]
-    some_end = sample_responses(model, ids, mask, torch.arange(1, 30), nothing, PAD, 6, 1.0, seed=4)
-    none_ends = sample_responses(model, ids, mask, torch.tensor([-1]), nothing, PAD, 6, 1.0, seed=4)
+    some_end = sample(model, ids, mask, torch.arange(1, 30), nothing, PAD, 6, 1.0, seed=4)
+    none_ends = sample(model, ids, mask, torch.tensor([-1]), nothing, PAD, 6, 1.0, seed=4)
     width = some_end.mask.shape[1]
     assert torch.equal(some_end.ids * some_end.mask, none_ends.ids[:, :width] * some_end.mask)
     assert some_end.ended.float().mean() > 0.5
@@ -232,7 +240,7 @@ def test_the_reward_model_reads_what_it_was_trained_on_and_is_normalised(tmp_pat
         max_new_tokens=18, reward_weights=[1.0, 0.0],
     )  # fmt: skip
     prompts = trainer.prompts
-    episodes = trainer._sample(prompts, seed=5)
+    episodes = sample_from(trainer, prompts, seed=5)
     assert episodes.ended.any()
     for row in range(24):
         if not episodes.ended[row]:
@@ -262,7 +270,7 @@ def test_a_function_gets_the_other_columns_and_rewards_are_weighted(tmp_path):
         tmp_path, reward=[numbered, lambda prompts, completions, **columns: [1.0] * len(prompts)],
         reward_weights=[0.25, 2.0], missing_end_score=None,
     )  # fmt: skip
-    episodes = trainer._sample(trainer.prompts[:6], seed=0)
+    episodes = sample_from(trainer, trainer.prompts[:6], seed=0)
     assert seen == [(prompt.content, prompt.columns["number"]) for prompt in trainer.prompts[:6]]
     assert_close(episodes.scores, torch.tensor([0.25 * number + 2.0 for number in range(6)]))
 
@@ -310,7 +318,9 @@ def test_entropy_of_the_log_is_that_of_the_policy(tmp_path):
     trainer = make_trainer(tmp_path, model, temperature=0.5)
     rollout, _ = roll_out(trainer)
     inputs = rollout.model_inputs()
-    logits = model(**inputs).logits[:, -rollout.mask.shape[1] - 1 : -1].index_fill(-1, trainer.suppressed_ids, -1e9)
+    logits = (
+        model(**inputs).logits[:, -rollout.mask.shape[1] - 1 : -1].index_fill(-1, trainer.rule.suppressed_ids, -1e9)
+    )
     entropy = torch.distributions.Categorical(logits=logits / 0.5).entropy()
     expected = losses.masked_mean(entropy, rollout.mask).detach()
     assert trainer.records.rollouts[0]["entropy"] == pytest.approx(float(expected), abs=1e-5)

@@ -46,13 +46,13 @@ def write_recipe(folder: Path, name: str, dataset: Path) -> Path:
     return path
 
 
-def start(recipe: Path, processes: int, log: Path) -> subprocess.Popen:
+def start(recipe: Path, processes: int, log: Path, stage: str = "pretrain") -> subprocess.Popen:
     """The command of a user, on one or two processes."""
     module = LAUNCHER.split() if processes == 2 else ["hf_scratch_gpt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     with open(log, "ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", *module, "pretrain", str(recipe)], env=environment, stdout=file, stderr=file
+            [sys.executable, "-m", *module, stage, str(recipe)], env=environment, stdout=file, stderr=file
         )
 
 

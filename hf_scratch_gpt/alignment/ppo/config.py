@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
+
+from hf_scratch_gpt.runs.hardware import has_fast_bf16
 
 CRITICS = ("separate", "shared")
 
@@ -33,6 +36,14 @@ class PPOConfig(TrainingArguments):
             Longest prompt and response together in tokens; the model's context if not given.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits in sampling and in every log-probability.
+        top_k, top_p, min_p (`int`, `float`, `float`, *optional*, default to `0`, `1.0` and `0.0`):
+            Sample only the likeliest tokens, as in `generate`; off by default. Log-probabilities are those of the
+            distribution over the tokens that were kept, which stay the same while a rollout is used (so the first
+            ratio is 1), the reference's too. A rollout then holds episodes x tokens x vocabulary / 8 bytes more.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            As in `generate`, over prompt and response; part of every log-probability.
+        min_new_tokens (`int`, *optional*, defaults to `0`):
+            No end token is sampled before so many tokens.
         critic (`str`, *optional*, defaults to `"separate"`):
             `"separate"`: a token classifier of its own; `"shared"`: a value head on the policy's trunk, half the cost.
         critic_learning_rate (`float`, *optional*):
@@ -57,6 +68,16 @@ class PPOConfig(TrainingArguments):
             Weight of each reward; all 1 if not given. A reward of weight 0 is only logged.
         end_token_ids (`list[int]`, *optional*):
             What ends a response; by default the end tokens of the generation config and the tokenizer.
+        ptx_coef (`float`, *optional*, defaults to `27.8`):
+            With a `ptx_dataset`: weight of the mean next-token loss on pretraining text, which each minibatch has some
+            of (PPO-ptx of Ouyang et al. 2022, who take 27.8, and 0.02 for `kl_coef`).
+        ptx_batch_size (`int`, *optional*, defaults to `8`):
+            Windows of pretraining text in a forward pass, on each process.
+        ptx_length (`int`, *optional*):
+            Tokens of such a window; the model's context if not given, but 512 at most.
+        bf16 (`bool`, *optional*):
+            bf16 autocast, in sampling, log-probabilities and training alike; by default where the hardware computes
+            it faster than fp32 (CUDA from Ampere on, AMX, AVX-512 bf16), and a warning says where not.
         log_completions (`int`, *optional*, defaults to `4`):
             Responses of each rollout that are kept in `completions.jsonl`.
     """
@@ -79,6 +100,11 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Longest prompt and response together in tokens; unset: the model's context."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits in every log-probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample only the k likeliest tokens; 0: all."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample only the likeliest tokens of this share; 1: all."})
+    min_p: float = field(default=0.0, metadata={"help": "Sample no token below this share of the likeliest; 0: all."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on tokens that occurred; 1: none."})
+    min_new_tokens: int = field(default=0, metadata={"help": "Tokens before which no end is sampled."})
     critic: str = field(default="separate", metadata={"help": "separate, or shared: a head on the policy's trunk."})
     critic_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the critic."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
@@ -96,9 +122,19 @@ class PPOConfig(TrainingArguments):
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward."})
     end_token_ids: list[int] | None = field(default=None, metadata={"help": "Ids of the tokens that end a response."})
+    ptx_coef: float = field(default=27.8, metadata={"help": "Weight of the loss on ptx_dataset, if there is one."})
+    ptx_batch_size: int = field(default=8, metadata={"help": "Windows of ptx_dataset in a forward pass."})
+    ptx_length: int | None = field(
+        default=None, metadata={"help": "Tokens of such a window; unset: the model's context, 512 at most."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; unset: where bf16 is faster than fp32."})
     log_completions: int = field(default=4, metadata={"help": "Responses of each rollout kept in completions.jsonl."})
 
     def __post_init__(self) -> None:
+        self.use_cpu: bool = bool(getattr(self, "use_cpu", False)) or not torch.accelerator.is_available()
+        self.precision_is_chosen = getattr(self, "precision_is_chosen", self.bf16 is None and not self.fp16)
+        if self.bf16 is None:
+            self.bf16 = self.precision_is_chosen and has_fast_bf16("cpu" if self.use_cpu else None)
         super().__post_init__()
         self._check_ranges()
         if self.rollout_batch_size % self.minibatch_size:
@@ -107,10 +143,10 @@ class PPOConfig(TrainingArguments):
                 f"{self.minibatch_size} episodes (per_device_train_batch_size x gradient_accumulation_steps x "
                 "processes)"
             )
-        if self.rollout_batch_size % (self.responses_per_prompt * self.world_size):
+        if self.rollout_batch_size % self.responses_per_prompt:
             raise ValueError(
                 f"'rollout_batch_size' is {self.rollout_batch_size}, not a multiple of 'responses_per_prompt' "
-                f"({self.responses_per_prompt}) times {self.world_size} processes"
+                f"({self.responses_per_prompt})"
             )
         if self.total_episodes is not None:
             if self.max_steps > 0:
@@ -122,16 +158,26 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"'critic' is {self.critic!r}, expected one of {', '.join(CRITICS)}")
         for name in (
             "rollout_batch_size", "responses_per_prompt", "num_ppo_epochs",
-            "max_new_tokens", "temperature", "kl_horizon",
+            "max_new_tokens", "temperature", "kl_horizon", "repetition_penalty", "ptx_batch_size", "reward_clip",
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected more than 0")
-        for name in ("total_episodes", "kl_target", "max_length"):
+        for name in ("total_episodes", "kl_target", "max_length", "ptx_length"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected more than 0, or leave it out")
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected 0 to 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"'top_p' is {self.top_p}, expected more than 0 and at most 1")
+        for name in ("top_k", "min_new_tokens", "ptx_coef", "kl_coef", "log_completions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"'{name}' is {getattr(self, name)}, expected 0 or more")
+        if self.min_new_tokens >= self.max_new_tokens:
+            raise ValueError(
+                f"'min_new_tokens' is {self.min_new_tokens}, expected less than 'max_new_tokens' "
+                f"({self.max_new_tokens})"
+            )
 
     @property
     def minibatch_size(self) -> int:

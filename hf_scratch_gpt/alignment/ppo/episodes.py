@@ -9,6 +9,8 @@ from torch import Tensor
 from hf_scratch_gpt.alignment.ppo.config import PPOConfig
 from hf_scratch_gpt.alignment.ppo.generation import sample_responses
 from hf_scratch_gpt.alignment.ppo.prompts import Prompt, left_pad
+from hf_scratch_gpt.alignment.ppo.rewards import Reward, score_all
+from hf_scratch_gpt.alignment.ppo.sampling import SamplingRule
 
 
 @dataclass
@@ -22,6 +24,9 @@ class Episodes:
         scores (`Tensor`): The weighted, normalised, clipped score (B) that PPO maximises.
         raw_scores (`Tensor`): The weighted sum of the rewards as they came (B).
         by_reward (`dict`): Each reward's raw scores (B) by its name.
+        learnt, gold (`Tensor`): Where one reward is the gold one, its raw scores (B), and the weighted, normalised sum
+            of the others: what is maximised, against what it stands for. Else `None`.
+        kept (`Tensor`): Which tokens sampling kept, as bits (B, T, ⌈V/8⌉), where it did not keep all.
     """
 
     prompts: list[Prompt]
@@ -34,6 +39,9 @@ class Episodes:
     scores: Tensor
     raw_scores: Tensor
     by_reward: dict[str, Tensor]
+    learnt: Tensor | None = None
+    gold: Tensor | None = None
+    kept: Tensor | None = None
 
     def samples(self, count: int) -> list[dict[str, Any]]:
         """The first `count` episodes, for people to read."""
@@ -84,23 +92,21 @@ def sample_and_score(
     policy: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    rewards: list[Any],
+    rewards: list[Reward],
     args: PPOConfig,
-    end_ids: Tensor,
-    suppressed_ids: Tensor,
-    seed: int,
+    rule: SamplingRule,
+    uniforms: Tensor,
+    state: Any = None,
 ) -> Episodes:
-    """Sample one response for each prompt and score it; a pure function of the weights and `seed`.
+    """Sample one response for each prompt and score it; a pure function of the weights and `uniforms`.
 
     Raises:
         ValueError: if a reward fails, naming it.
     """
-    ids, prompt_mask = left_pad([prompt.input_ids for prompt in prompts], tokenizer.pad_token_id)
-    ids, prompt_mask = ids.to(end_ids.device), prompt_mask.to(end_ids.device)
-    responses = sample_responses(
-        policy, ids, prompt_mask, end_ids, suppressed_ids, tokenizer.pad_token_id,
-        args.max_new_tokens, args.temperature, seed,
-    )  # fmt: skip
+    device = rule.end_ids.device
+    ids, prompt_mask = left_pad([prompt.input_ids for prompt in prompts], rule.pad_id)
+    ids, prompt_mask = ids.to(device), prompt_mask.to(device)
+    responses = sample_responses(policy, ids, prompt_mask, rule, uniforms)
     lengths, ended = responses.mask.sum(-1).int().tolist(), responses.ended.tolist()
     completion_ids = [row[:length] for row, length in zip(responses.ids.tolist(), lengths, strict=True)]
     texts = tokenizer.batch_decode(
@@ -108,17 +114,35 @@ def sample_and_score(
         skip_special_tokens=False,  # what is not an end token is the response's own
         clean_up_tokenization_spaces=False,
     )
+    scored = score_all(rewards, prompts, completion_ids, ended, texts, state)
+    return Episodes(
+        prompts, texts, ids, prompt_mask, responses.ids, responses.mask, responses.ended,
+        **_weigh(rewards, scored, responses.ended.cpu(), args), kept=responses.kept,
+    )  # fmt: skip
+
+
+def _weigh(rewards: list[Reward], scored: list[Tensor], ended: Tensor, args: PPOConfig) -> dict[str, Any]:
+    """The scores' fields of `Episodes` from each reward's raw scores."""
     weights = args.reward_weights or [1.0] * len(rewards)
+    gold = find_gold(rewards, weights)
     by_reward: dict[str, Tensor] = {}
-    scores = raw_scores = torch.zeros(len(prompts))
-    for number, (weight, reward) in enumerate(zip(weights, rewards, strict=True)):
-        raw = reward.score(prompts, completion_ids, ended, texts)
+    scores = raw_scores = learnt = torch.zeros(len(ended))
+    for number, (weight, reward, raw) in enumerate(zip(weights, rewards, scored, strict=True)):
         by_reward[reward.name if reward.name not in by_reward else f"{reward.name}#{number}"] = raw
         scores, raw_scores = scores + weight * reward.normalise(raw), raw_scores + weight * raw
-    scores = finish_scores(scores, responses.ended.cpu(), args.reward_clip, args.missing_end_score)
-    return Episodes(
-        prompts, texts, ids, prompt_mask, responses.ids, responses.mask, responses.ended, scores, raw_scores, by_reward
-    )
+        if number != gold:
+            learnt = learnt + weight * reward.normalise(raw)
+    scores = finish_scores(scores, ended, args.reward_clip, args.missing_end_score)
+    fields = {"scores": scores, "raw_scores": raw_scores, "by_reward": by_reward}
+    return fields if gold is None else {**fields, "learnt": learnt, "gold": scored[gold]}
+
+
+def find_gold(rewards: list[Reward], weights: list[float]) -> int | None:
+    """Which reward the others stand for: the one called `gold`, or else the first of weight 0; `None` if none is."""
+    named = [number for number, reward in enumerate(rewards) if reward.name == "gold"]
+    unused = [number for number, weight in enumerate(weights) if weight == 0]
+    found = named + unused
+    return found[0] if found and len(rewards) > 1 else None
 
 
 def finish_scores(scores: Tensor, ended: Tensor, clip: float, missing_end_score: float | None) -> Tensor:

@@ -12,10 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_scratch_gpt.alignment.ppo.models import keeps_logits
+from hf_scratch_gpt.alignment.ppo.sampling import SUPPRESSED_LOGIT, SamplingRule, first_places, pack_bits
 from hf_scratch_gpt.model.cache_name import cache_argument
-
-# Finite, so that p·log p of a suppressed token is 0 and not NaN.
-SUPPRESSED_LOGIT = -1e9
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:
@@ -23,9 +21,9 @@ def position_ids_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def suppress(logits: Tensor, suppressed_ids: Tensor) -> Tensor:
-    """`logits` (..., V) with the suppressed tokens' set so low that their probability is 0."""
-    return logits.index_fill(-1, suppressed_ids, SUPPRESSED_LOGIT) if len(suppressed_ids) else logits
+def draw_uniforms(rows: int, max_new_tokens: int, seed: int) -> Tensor:
+    """The random numbers of `rows` responses (rows, max_new_tokens): all that chance has to do with a rollout."""
+    return torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
@@ -36,11 +34,13 @@ class Responses:
         ids (`Tensor`): Token ids (B, T), the end token included.
         mask (`Tensor`): 1.0 on the response's tokens (B, T), up to and with the end token, whatever their ids are.
         ended (`Tensor`): Whether the response has an end token (B), boolean.
+        kept (`Tensor`): `pack_bits` of the tokens that top-k, top-p and min-p kept (B, T, ⌈V/8⌉), or `None`.
     """
 
     ids: Tensor
     mask: Tensor
     ended: Tensor
+    kept: Tensor | None = None
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -51,29 +51,54 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
+class _Constraints:
+    """What one row's next token may be, kept up as rows are sampled and leave the batch."""
+
+    def __init__(self, rule: SamplingRule, prompt_ids: Tensor, prompt_mask: Tensor, vocabulary: int):
+        self.rule, self.first, self.kept = rule, None, None
+        if rule.repetition_penalty != 1:
+            self.first = first_places(prompt_ids, prompt_mask, prompt_ids[:, :0], vocabulary)
+        if rule.truncates:
+            shape = (len(prompt_ids), rule.max_new_tokens, -(-vocabulary // 8))
+            self.kept = torch.full(shape, 255, dtype=torch.uint8, device=prompt_ids.device)
+
+    def apply(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        """The logits (b, V) of `rows` at place `step`; what is kept there is noted."""
+        first = None if self.first is None else self.first[rows]
+        places = torch.tensor([step], device=logits.device)
+        logits = self.rule.shape(logits.unsqueeze(1), places, first, None).squeeze(1)
+        if self.kept is not None:
+            keep = self.rule.keep(logits)
+            self.kept[rows, step] = pack_bits(keep)
+            logits = logits.masked_fill(~keep, SUPPRESSED_LOGIT)
+        return logits
+
+    def note(self, tokens: Tensor, rows: Tensor, step: int) -> None:
+        """Remember that `rows` have `tokens` at place `step`."""
+        if self.first is not None:
+            self.first[rows, tokens] = self.first[rows, tokens].clamp(max=step)
+
+
 @torch.no_grad()
 def sample_responses(
-    model: torch.nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    end_ids: Tensor,
-    suppressed_ids: Tensor,
-    pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    model: torch.nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, rule: SamplingRule, uniforms: Tensor
 ) -> Responses:
     """Sample one response for each left-padded prompt (B, P); stops when every row has ended.
 
-    Memory is that of a key-value cache of the rows that are still running.
+    Memory is that of a key-value cache of the rows that are still running, and with top-k, top-p or min-p a bit for
+    each token of the vocabulary at each place.
+
+    Args:
+        uniforms (`Tensor`): `draw_uniforms` of these rows (B, max_new_tokens).
     """
     device = prompt_ids.device
     batch, prompt_length = prompt_ids.shape
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(batch, max_new_tokens, generator=generator).to(device)
-    ids = torch.full((batch, max_new_tokens), pad_id, dtype=torch.long, device=device)
+    max_new_tokens = rule.max_new_tokens
+    uniforms = uniforms.to(device)
+    ids = torch.full((batch, max_new_tokens), rule.pad_id, dtype=torch.long, device=device)
     lengths = torch.full((batch,), max_new_tokens, dtype=torch.long, device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    constraints = _Constraints(rule, prompt_ids, prompt_mask, model.config.get_text_config().vocab_size)
 
     rows = torch.arange(batch, device=device)  # the rows that the cache still holds
     attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], dim=1)
@@ -90,10 +115,11 @@ def sample_responses(
             **cached,
             **keep_last,
         ).logits[:, -1]
-        tokens = _draw(suppress(logits, suppressed_ids), uniforms[rows, step], temperature)
+        tokens = _draw(constraints.apply(logits, rows, step), uniforms[rows, step], rule.temperature)
         running = ~ended[rows]
         ids[rows[running], step] = tokens[running]
-        newly_ended = rows[running & torch.isin(tokens, end_ids)]
+        constraints.note(tokens[running], rows[running], step)
+        newly_ended = rows[running & torch.isin(tokens, rule.end_ids)]
         ended[newly_ended] = True
         lengths[newly_ended] = step + 1
         running = ~ended[rows]
@@ -106,4 +132,5 @@ def sample_responses(
         inputs, step_positions = tokens.unsqueeze(-1), positions[rows, prompt_length + step].unsqueeze(-1)
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths.unsqueeze(-1)
-    return Responses(ids[:, :longest], mask.float(), ended)
+    kept = None if constraints.kept is None else constraints.kept[:, :longest]
+    return Responses(ids[:, :longest], mask.float(), ended, kept)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+from hf_scratch_gpt.alignment.ppo.pretraining_mix import next_token_loss
 from hf_scratch_gpt.runs.loading import loading
 
 VALUE_FOLDER = "value_model"
@@ -32,16 +33,25 @@ class PolicyWithCritic(nn.Module):
         self.is_shared = isinstance(critic, ValueHead)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) that predict the last T = `response_length` tokens, and the values (B, T) before them."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        response_length: int,
+        windows: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (B, T, V) that predict the last T = `response_length` tokens, and the values (B, T) before them.
+
+        With `windows` of pretraining text also the policy's mean loss on them: in the same call, because wrappers for
+        several processes allow one a step.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         logits, hidden = response_logits(self.policy, inputs, response_length, with_hidden=self.is_shared)
         if hidden is not None:
             values = self.critic(hidden.to(self.critic.weight.dtype)).squeeze(-1)
         else:
             values = self.critic(**inputs).logits[:, -response_length - 1 : -1, 0]
-        return logits, values.float()
+        return logits, values.float(), None if windows is None else next_token_loss(self.policy, windows)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """What `activation_checkpointing_enable` does, under the name that models have for it."""
@@ -158,6 +168,25 @@ def load_critic(critic: nn.Module, folder: Path) -> None:
         _load_pretrained(critic, folder)
 
 
+def load_value_model(value_model: Any) -> Any:
+    """A critic from an object or a folder: a token classifier with one label, in fp32.
+
+    Raises:
+        OSError, ValueError: if the folder cannot be loaded, or the classifier has other labels.
+    """
+    if isinstance(value_model, str | Path):
+        import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
+
+        with loading(value_model, "model"):
+            value_model = AutoModelForTokenClassification.from_pretrained(
+                value_model, dtype=torch.float32, use_safetensors=True
+            )
+    config = getattr(value_model, "config", None)
+    if config is not None and config.num_labels != 1:
+        raise ValueError(f"the value model has {config.num_labels} labels, expected 1 (num_labels=1)")
+    return value_model
+
+
 def _load_pretrained(model: Any, folder: Path) -> None:
     """Load through `from_pretrained`, which knows shards, tied weights and renamed keys."""
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
@@ -182,7 +211,7 @@ def load_policy_model(model: Any, peft_config: Any) -> Any:
         import hf_scratch_gpt.model  # noqa: F401  # registers our classes with the Auto classes
 
         with loading(model, "model"):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     if peft_config is not None and not is_peft(model):
         from peft import get_peft_model
 

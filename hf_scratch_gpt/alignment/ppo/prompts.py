@@ -105,6 +105,11 @@ def read_prompts(
     number = -1
     for number, row in enumerate(rows):
         content = _check_row(row, number, what)
+        if not isinstance(content, str) and not tokenizer.chat_template:
+            raise ValueError(
+                f"{what}, row {number}: 'prompt' is a conversation, but the policy's tokenizer has no chat template; "
+                "set one, or give prompts as text"
+            )
         prompt = Prompt(content, encode_prompt(tokenizer, content), {k: v for k, v in row.items() if k != "prompt"})
         if not prompt.input_ids:
             raise ValueError(f"{what}, row {number}: 'prompt' has no tokens")

@@ -1,9 +1,11 @@
 """What a PPO run remembers of itself: a row for each rollout, sums since the last log line, sample completions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_scratch_gpt.runs import read_json, write_json, write_text
@@ -12,11 +14,16 @@ from hf_scratch_gpt.runs import read_json, write_json, write_text
 class Records:
     """Rows and sums that survive in a checkpoint, so that a resumed run logs what an uninterrupted one would.
 
+    Args:
+        completions_path (`Path`): File that sample completions are written to.
+        reduce (`Callable`): Sums a tensor over all processes.
+
     Attributes:
         rollouts (`list[dict]`): One row for each rollout: its step and the means of its episodes.
     """
 
-    def __init__(self, completions_path: Path):
+    def __init__(self, completions_path: Path, reduce: Callable[[Tensor], Tensor] = lambda total: total):
+        self._reduce = reduce
         self.rollouts: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}
         self._pending: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -31,15 +38,20 @@ class Records:
         """Add a micro-batch's sums over tokens; read from the device only when something is logged or saved."""
         self._pending.append((sums, tokens))
 
-    def _drain(self) -> None:
-        for sums, tokens in self._pending:
-            for name, value in {**sums, "tokens": tokens}.items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+    def drain(self) -> None:
+        """Add up what is pending, over all processes: each of them has to call it."""
+        if not self._pending:
+            return
+        names = [*self._pending[0][0], "tokens"]
+        sums = torch.stack([torch.stack([*sums.values(), tokens]) for sums, tokens in self._pending]).cpu().double()
+        for row in self._reduce(sums).tolist():  # one by one: so it does not matter how often this is called
+            for name, number in zip(names, row, strict=True):
+                self._sums[name] = self._sums.get(name, 0.0) + number
         self._pending.clear()
 
     def take(self, since_step: int) -> dict[str, float]:
         """Means over the tokens since the last call, and over the rollouts from `since_step` on, or the last one."""
-        self._drain()
+        self.drain()
         tokens = self._sums.pop("tokens", 0.0)
         means = {name: value / max(tokens, 1.0) for name, value in self._sums.items()}
         self._sums.clear()
@@ -63,10 +75,13 @@ class Records:
             for sample in samples:
                 file.write(json.dumps({"step": step, **sample}, ensure_ascii=False, default=str) + "\n")
 
-    def save(self, path: Path, **values: float) -> None:
-        """Write everything but the completions, and `values`, to `path`."""
-        self._drain()
+    def save(self, path: Path, **values: Any) -> None:
+        """Write everything but the completions, and `values`, to `path`; after `drain`."""
         write_json(path, {**values, "rollouts": self.rollouts, "sums": self._sums})
+
+    def write_rollouts(self, path: Path) -> None:
+        """Write the rows of all rollouts as JSON lines: reward against KL, and all else that a rollout has."""
+        write_text(path, "".join(f"{json.dumps(row)}\n" for row in self.rollouts))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Read what `save` wrote and return it."""

@@ -1,4 +1,8 @@
-"""The buffer of sampled episodes that minibatches are cut from."""
+"""The buffer of sampled episodes that minibatches are cut from.
+
+Every process samples its share and holds all of it: a rollout is small beside a model, any process can take any rows
+of a minibatch, and what is computed over a rollout (advantages, whitening, means) is the same on each.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,9 +17,10 @@ from hf_scratch_gpt.alignment.ppo.generation import position_ids_of
 
 @dataclass
 class Rollout:
-    """Episodes of one process: prompts (R, P) padded on the left, everything else (R, T) padded on the right.
+    """R episodes: prompts (R, P) padded on the left, everything else (R, T) padded on the right.
 
     `mask` is 1 on a response's tokens; `log_probs` and `values` are those of the policy and the critic that sampled.
+    `kept` tells the tokens that sampling kept, as bits (R, T, ⌈V/8⌉), where it did not keep all.
     """
 
     prompt_ids: Tensor
@@ -26,20 +31,24 @@ class Rollout:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    kept: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Rollout":
         """The given rows, cut to their own longest prompt and response."""
         start = int(self.prompt_mask[rows].any(0).int().argmax())
         stop = int(self.mask[rows].sum(-1).max())
-        return Rollout(
-            self.prompt_ids[rows, start:],
-            self.prompt_mask[rows, start:],
-            **{
-                field.name: getattr(self, field.name)[rows, :stop]
-                for field in dataclasses.fields(self)
-                if not field.name.startswith("prompt")
-            },
-        )
+        cut = {name: value[rows, start:] for name, value in self.tensors().items() if name.startswith("prompt")}
+        cut |= {name: value[rows, :stop] for name, value in self.tensors().items() if not name.startswith("prompt")}
+        return Rollout(**cut)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it has, by name."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if value is not None}
+
+    def in_order(self, rows: Tensor) -> "Rollout":
+        """The given rows, in their full width."""
+        return Rollout(**{name: value[rows] for name, value in self.tensors().items()})
 
     def model_inputs(self) -> dict[str, Tensor]:
         """What the models read: prompt and response as one sequence (R, P + T)."""
@@ -52,7 +61,7 @@ class Rollout:
 
     def save(self, path: Path) -> None:
         """Save as one safetensors file."""
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+        save_file({name: value.contiguous() for name, value in self.tensors().items()}, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Rollout":

@@ -1,7 +1,7 @@
 """The stage `ppo`: align a chat model against a reward model: `scratch-gpt ppo recipe.yaml`.
 
-It writes a complete model folder (the adapter merged), the critic in `value_model/`, and `completions.jsonl` with
-samples of every rollout.
+It writes a complete model folder (the adapter merged), the critic in `value_model/`, `completions.jsonl` with samples
+of every rollout, and `rollouts.jsonl` with the means of each, of which the picture of reward against KL is drawn.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_scratch_gpt.alignment.ppo.config import PPOConfig
 from hf_scratch_gpt.alignment.ppo.models import VALUE_FOLDER, save_critic
-from hf_scratch_gpt.alignment.ppo.trainer import COMPLETIONS_FILE, PPOTrainer
+from hf_scratch_gpt.alignment.ppo.trainer import COMPLETIONS_FILE, ROLLOUTS_FILE, PPOTrainer
 from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
 from hf_scratch_gpt.finetuning.models import (
     check_model_source,
@@ -34,20 +34,27 @@ class PPOArguments(TuningArguments, PPOConfig):
     """Settings of `ppo`: `TuningArguments` and all of `PPOConfig`.
 
     Args:
-        reward_model (`str`): Folder or Hub id of a sequence classifier with one label and the policy's tokenizer.
+        reward_model (`str`): Folder or Hub id of a sequence classifier with one label. If its tokenizer is not the
+            policy's, it reads prompt and answer through its own.
         eval_prompts (`int`, *optional*, defaults to `256`): Held-out prompts on which the trained policy is measured
             (the first ones of `eval_dataset`, or of the prepare folder's held-out tasks); 0 measures none.
         checker_weight (`float`, *optional*, defaults to `0.0`): Weight of the checker's own verdict on the answer to a
             task question, added to the reward model's score: a reward that can be verified and cannot be exploited
             (Lambert et al. 2024, https://arxiv.org/abs/2411.15124). At 0 it is only logged.
-        bf16 (`bool`, *optional*, defaults to `False`): bf16 autocast in sampling, log-probabilities and training
-            alike. Off by default: its rounding is noise in the probability ratios.
+        ptx_dataset (`str`, *optional*): Pretraining text to mix in with weight `ptx_coef`: a folder that `prepare`
+            wrote, or a file of rows with `text`.
     """
 
-    input_fields: ClassVar[tuple[str, ...]] = ("model_name_or_path", "reward_model", "dataset", "eval_dataset")
+    input_fields: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path",
+        "reward_model",
+        "dataset",
+        "eval_dataset",
+        "ptx_dataset",
+    )
 
     reward_model: str = dataclasses.field(
-        default="", metadata={"help": "Folder or Hub id of the reward model: one label, the policy's tokenizer."}
+        default="", metadata={"help": "Folder or Hub id of the reward model, which has one label."}
     )
     eval_prompts: int = dataclasses.field(
         default=256, metadata={"help": "Held-out prompts on which the trained policy is measured; 0 for none."}
@@ -61,8 +68,8 @@ class PPOArguments(TuningArguments, PPOConfig):
     max_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Longest prompt and answer together in tokens; unset: the model's context."}
     )
-    bf16: bool | None = dataclasses.field(
-        default=False, metadata={"help": "bf16 autocast; adds rounding noise to the probability ratios."}
+    ptx_dataset: str | None = dataclasses.field(
+        default=None, metadata={"help": "Pretraining text to mix in: a prepare folder, or a file of rows with text."}
     )
 
     def check_inputs(self) -> None:
@@ -116,6 +123,7 @@ def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
         eval_dataset=heldout or None,
         processing_class=tokenizer,
         peft_config=make_lora_config(arguments, "CAUSAL_LM", model),
+        ptx_dataset=arguments.ptx_dataset,
     )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     metrics: dict[str, Any] = {"trainable_parameters": trained, "critic": arguments.critic}
@@ -132,7 +140,8 @@ def _align(arguments: PPOArguments, stage_run: StageRun) -> None:
     sample = [prompt.input_ids for prompt in trainer.prompts[:4]]
     policy = save_tuned(trainer.model.policy, tokenizer, stage_run.folder, sample)
     save_critic(trainer.model.critic, stage_run.folder / VALUE_FOLDER, tokenizer)
-    shutil.copyfile(stage_run.checkpoints / COMPLETIONS_FILE, stage_run.folder / COMPLETIONS_FILE)
+    for name in (COMPLETIONS_FILE, ROLLOUTS_FILE):
+        shutil.copyfile(stage_run.checkpoints / name, stage_run.folder / name)
     metrics |= {
         "prompts": len(trainer.prompts),
         "steps": trainer.state.global_step,

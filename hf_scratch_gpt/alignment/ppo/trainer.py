@@ -14,21 +14,21 @@ Which prompts a rollout has, what is drawn from the policy, and how minibatches 
 and the step. A checkpoint adds only the current rollout and a small state file, and resume is exact.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from hf_scratch_gpt.alignment.ppo import losses
+from hf_scratch_gpt.alignment.ppo.collection import EpisodeCollection
 from hf_scratch_gpt.alignment.ppo.config import PPOConfig
-from hf_scratch_gpt.alignment.ppo.episodes import Episodes, find_end_ids, find_suppressed_ids, sample_and_score
-from hf_scratch_gpt.alignment.ppo.generation import suppress
+from hf_scratch_gpt.alignment.ppo.episodes import find_end_ids, find_suppressed_ids
 from hf_scratch_gpt.alignment.ppo.models import (
     VALUE_FOLDER,
     PolicyWithCritic,
@@ -38,34 +38,47 @@ from hf_scratch_gpt.alignment.ppo.models import (
     load_critic,
     load_policy,
     load_policy_model,
-    response_logits,
+    load_value_model,
     save_critic,
 )
+from hf_scratch_gpt.alignment.ppo.pretraining_mix import PretrainingMix, to_device
 from hf_scratch_gpt.alignment.ppo.prompts import Prompt, longest_prompt, read_prompts
 from hf_scratch_gpt.alignment.ppo.records import Records
-from hf_scratch_gpt.alignment.ppo.rewards import ModelReward, load_rewards
+from hf_scratch_gpt.alignment.ppo.rewards import CallableReward, ModelReward, load_rewards
 from hf_scratch_gpt.alignment.ppo.rollout import Rollout
-from hf_scratch_gpt.alignment.ppo.schedule import Schedule, seed_of
+from hf_scratch_gpt.alignment.ppo.sampling import SamplingRule
+from hf_scratch_gpt.alignment.ppo.schedule import Schedule
+from hf_scratch_gpt.runs.checkpoints import MANIFEST, newest_checkpoint, write_manifest
+from hf_scratch_gpt.runs.training import RunCallback
 
-STATE_FILE, ROLLOUT_FILE, COMPLETIONS_FILE = "ppo_state.json", "ppo_rollout_{}.safetensors", "completions.jsonl"
+logger = logging.getLogger(__name__)
+
+STATE_FILE, ROLLOUT_FILE = "ppo_state.json", "ppo_rollout.safetensors"
+COMPLETIONS_FILE, ROLLOUTS_FILE = "completions.jsonl", "rollouts.jsonl"
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(EpisodeCollection, Trainer):
     """Trains a causal LM by PPO against functions and reward models.
 
     Args:
         model (`PreTrainedModel` or `str`): The policy to start from, or its folder; also the reference of the KL.
             A PEFT model, or any model with `peft_config`, trains its adapter, and its reference is itself with the
             adapter switched off; else the reference is a frozen copy.
-        reward_funcs: One or a list of: a function `(prompts, completions, **columns) -> list[float]`, a sequence
-            classifier with one label, or its folder. `args.reward_weights` weighs them.
+        reward_funcs: One or a list of: a function `(prompts, completions, **columns) -> list[float]`, sync or async,
+            a sequence classifier with one label, or its folder. `args.reward_weights` weighs them. A reward of weight
+            0, or one called `gold`, is the truth that the others stand for: its curve is kept beside theirs.
         args ([`PPOConfig`]): Settings.
         train_dataset: Rows with a column `prompt`: a list of messages, or text.
         eval_dataset (*optional*): Rows for `evaluate`, which samples them and logs reward and KL.
         processing_class (*optional*): The policy's tokenizer; loaded from the model's folder if not given.
-        value_model (*optional*): Critic: a token classifier with one label. By default one is made as `args.critic`
-            says, a separate one from the first reward model's trunk, or from the policy's if there is none.
+        value_model (*optional*): Critic: a token classifier with one label, or its folder. By default one is made as
+            `args.critic` says, a separate one from the trunk of the first reward model that reads the policy's ids,
+            or from the policy's if there is none.
+        reward_processing_classes (*optional*): The rewards' own tokenizers: one, or a list with `None` for functions.
+            A reward model's folder brings its own; without either it is taken to share the policy's.
         peft_config (*optional*): PEFT settings for the policy.
+        ptx_dataset (*optional*): Pretraining text for PPO-ptx: a folder that `prepare` wrote, a file, or rows with
+            `text`.
 
     Raises:
         ValueError: for settings, rows, rewards or tokenizers that cannot work, naming the one at fault.
@@ -84,7 +97,9 @@ class PPOTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         value_model: Any = None,
+        reward_processing_classes: Any = None,
         peft_config: Any = None,
+        ptx_dataset: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
@@ -95,26 +110,31 @@ class PPOTrainer(Trainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # only fills: no mask is ever made from it
         policy = load_policy_model(model, peft_config)
-        self.rewards = load_rewards(reward_funcs, args.reward_weights, tokenizer, args.per_device_train_batch_size)
+        self.rewards = load_rewards(
+            reward_funcs, args.reward_weights, tokenizer, args.per_device_train_batch_size, reward_processing_classes
+        )
         self.reference = None if is_peft(policy) else copy.deepcopy(policy).eval().requires_grad_(False)
-        first_model = next((reward.model for reward in self.rewards if isinstance(reward, ModelReward)), None)
-        critic = value_model if value_model is not None else build_critic(policy, args.critic, first_model)
+        critic = load_value_model(value_model)
+        if critic is None:
+            critic = build_critic(policy, args.critic, self._critic_source())
         module = PolicyWithCritic(policy, critic.requires_grad_(True).float())
         disable_dropout(module)
 
-        self.end_ids = find_end_ids(policy, tokenizer, args.end_token_ids)
-        self.suppressed_ids = find_suppressed_ids(policy, tokenizer, self.end_ids)
+        end_ids = find_end_ids(policy, tokenizer, args.end_token_ids)
+        suppressed_ids = find_suppressed_ids(policy, tokenizer, end_ids)
+        self.rule = SamplingRule.from_args(args, end_ids, suppressed_ids, tokenizer.pad_token_id)
         self.longest_prompt = longest_prompt(policy, args.max_length, args.max_new_tokens)
-        self.prompts = read_prompts(
-            train_dataset, tokenizer, self.longest_prompt, getattr(args, "dataset", None) or "train_dataset"
-        )
-        self.eval_prompts = None
-        if eval_dataset is not None:
-            self.eval_prompts = read_prompts(eval_dataset, tokenizer, self.longest_prompt, "eval_dataset")
+        self.prompts = self._read(train_dataset, tokenizer, getattr(args, "dataset", None) or "train_dataset")
+        self.eval_prompts = self._read_eval(eval_dataset, tokenizer)
+        self.ptx = None if ptx_dataset is None else PretrainingMix(ptx_dataset, tokenizer, policy, args)
         self.schedule = Schedule(args, len(self.prompts))
         self.kl_coef = args.kl_coef
         self.rollout: Rollout | None = None
-        self.records = Records(Path(args.output_dir) / COMPLETIONS_FILE)
+        self.records = Records(Path(args.output_dir) / COMPLETIONS_FILE, self._sum_over_processes)
+        if args.precision_is_chosen and not args.bf16:
+            logger.warning(
+                "PPO computes in fp32: bf16 is not faster on this hardware (set bf16 to have it all the same)"
+            )
         super().__init__(
             model=module,
             args=args,
@@ -126,13 +146,37 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,
         )
         device = self.accelerator.device
-        self.end_ids, self.suppressed_ids = self.end_ids.to(device), self.suppressed_ids.to(device)
+        self.rule.to(device)
         if self.reference is not None:
             self.reference.to(device)
             disable_dropout(self.reference)
         for reward in self.rewards:
             if isinstance(reward, ModelReward):
                 reward.model.to(device)
+
+    def _critic_source(self) -> Any:
+        """The first reward model whose trunk a critic can begin from: one that reads the policy's ids."""
+        models = (reward for reward in self.rewards if isinstance(reward, ModelReward))
+        return next((reward.model for reward in models if reward.reads_ids), None)
+
+    def _read(self, rows: Any, tokenizer: Any, what: str) -> list[Prompt]:
+        """The prompts of a data set, refused at once where a reward cannot judge them."""
+        prompts = read_prompts(rows, tokenizer, self.longest_prompt, what)
+        columns = sorted(set.intersection(*(set(prompt.columns) for prompt in prompts)))
+        for reward in self.rewards:
+            if isinstance(reward, CallableReward):
+                reward.check_columns(columns, what)
+            elif not reward.reads_ids:
+                reward.check_prompts(prompts)
+        return prompts
+
+    def _read_eval(self, dataset: Any, tokenizer: Any) -> Any:
+        """The prompts of the held-out data set, or of each of a dictionary of them."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict) and not _is_columns(dataset):
+            return {name: self._read(rows, tokenizer, f"eval_dataset {name}") for name, rows in dataset.items()}
+        return self._read(dataset, tokenizer, "eval_dataset")
 
     # ---- Steps: which episodes a micro-batch has is a function of the step alone
 
@@ -157,118 +201,23 @@ class PPOTrainer(Trainer):
         if step == 0 and accumulated == 0:
             self._roll_out(rollout_index)
         if self.rollout is None:
-            raise ValueError(
-                f"the checkpoint of step {self.state.global_step} has no {ROLLOUT_FILE.format(args.process_index)}"
-            )
-        rows = self.schedule.minibatch_rows(rollout_index, step).to(self.accelerator.device)
-        tokens = self._sum_over_processes(self.rollout.mask[rows].sum())
-        size = args.per_device_train_batch_size
-        batch = self.rollout.select(rows[accumulated * size : (accumulated + 1) * size])
-        model_inputs = batch.model_inputs()
-        self.state.num_input_tokens_seen += int(model_inputs["attention_mask"].sum()) * args.world_size
-        return {"batch": batch, "model_inputs": model_inputs, "tokens": tokens}
+            raise ValueError(f"the checkpoint of step {self.state.global_step} has no {ROLLOUT_FILE}")
+        minibatch = self.schedule.minibatch_rows(rollout_index, step).to(self.accelerator.device)
+        rows = self.schedule.micro_batch_rows(minibatch, accumulated)
+        batch = self.rollout.select(rows[args.process_index])
+        every = rows.flatten()
+        self.state.num_input_tokens_seen += int(self.rollout.prompt_mask[every].sum() + self.rollout.mask[every].sum())
+        prepared = {"batch": batch, "tokens": self.rollout.mask[minibatch].sum()}
+        prepared["model_inputs"] = {**batch.model_inputs(), "response_length": batch.mask.shape[1]}
+        if self.ptx is not None:
+            windows = self.ptx.batch(self.state.global_step * args.gradient_accumulation_steps + accumulated)
+            prepared["model_inputs"]["windows"] = to_device(windows, self.accelerator.device)
+        return prepared
 
     def _sum_over_processes(self, total: Tensor) -> Tensor:
-        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
-
-    # ---- Rollout
-
-    @torch.no_grad()
-    def _roll_out(self, rollout_index: int) -> None:
-        """Sample, score, and compute what stays fixed while the rollout is used."""
-        self.rollout = None  # frees the last one's memory first
-        prompts = [self.prompts[index] for index in self.schedule.rollout_prompts(rollout_index)]
-        episodes = self._sample(prompts, self.schedule.sampling_seed(rollout_index))
-        rollout, ref_log_probs, entropy = self._evaluate_policy(episodes)
-        mask = rollout.mask
-        kl = losses.kl_k1(rollout.log_probs, ref_log_probs) * mask
-        scores = losses.leave_one_out(episodes.scores, self.args.responses_per_prompt)
-        rewards = losses.token_rewards(scores.to(mask.device), kl, mask, self.kl_coef)
-        if self.args.whiten_rewards:
-            rewards = losses.masked_whiten(rewards, mask, False, self._sum_over_processes)
-        advantages, rollout.returns = losses.generalised_advantages(
-            rewards, rollout.values, mask, self.args.gamma, self.args.lam
-        )
-        rollout.advantages = losses.masked_whiten(advantages, mask, reduce=self._sum_over_processes)
-        self.rollout = rollout
-        self._record(rollout_index, episodes, kl, ref_log_probs, entropy)
-
-    def _sample(self, prompts: list[Prompt], seed: int) -> Episodes:
-        self.model.eval()
-        with self.accelerator.autocast():
-            return sample_and_score(
-                self.model.policy, self.processing_class, prompts, self.rewards, self.args,
-                self.end_ids, self.suppressed_ids, seed,
-            )  # fmt: skip
-
-    def _evaluate_policy(self, episodes: Episodes) -> tuple[Rollout, Tensor, Tensor]:
-        """Old log-probabilities and values, the reference's log-probabilities, and the entropy, each (R, T)."""
-        blank = torch.zeros_like(episodes.mask)
-        rollout = Rollout(
-            episodes.prompt_ids, episodes.prompt_mask, episodes.response_ids, episodes.mask,
-            *(blank.clone() for _ in range(4)),
-        )  # fmt: skip
-        ref_log_probs, entropy = blank.clone(), blank.clone()
-        temperature = self.args.temperature
-        for rows in torch.arange(len(blank), device=blank.device).split(self.args.per_device_train_batch_size):
-            batch = rollout.select(rows)
-            inputs, width = batch.model_inputs(), batch.mask.shape[1]
-            with self.accelerator.autocast():
-                logits, values = self.model(**inputs, response_length=width)
-                with self._as_reference() as reference:
-                    ref_logits, _ = response_logits(reference, inputs, width)
-            logits, ref_logits = suppress(logits, self.suppressed_ids), suppress(ref_logits, self.suppressed_ids)
-            for target, value in (
-                (rollout.log_probs, losses.token_log_probs(logits, batch.response_ids, temperature)),
-                (rollout.values, values),
-                (ref_log_probs, losses.token_log_probs(ref_logits, batch.response_ids, temperature)),
-                (entropy, losses.token_entropy(logits, temperature)),
-            ):
-                target[rows, :width] = value * batch.mask
-        return rollout, ref_log_probs, entropy
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[Any]:
-        if self.reference is not None:
-            yield self.reference
-        else:
-            with self.model.policy.disable_adapter():
-                yield self.model.policy
-
-    def _record(self, index: int, episodes: Episodes, kl: Tensor, ref_log_probs: Tensor, entropy: Tensor) -> None:
-        assert self.rollout is not None
-        rollout, mask = self.rollout, self.rollout.mask
-        row = self._describe(episodes, kl, losses.kl_k3(rollout.log_probs, ref_log_probs) * mask)
-        row["entropy"] = self._mean(entropy[mask.bool()])
-        row["explained_variance"] = losses.explained_variance(rollout.values, rollout.returns, mask)
-        row["kl_coef"] = self.kl_coef
-        row["episodes"] = (index + 1) * self.args.rollout_batch_size
-        self.records.add_rollout(self.state.global_step, row)
-        if self.is_world_process_zero():
-            self.records.write_completions(self.state.global_step, episodes.samples(self.args.log_completions))
-        if self.args.kl_target is not None:
-            self.kl_coef = losses.adapt_kl_coef(
-                self.kl_coef, row["kl"], self.args.kl_target, self.args.rollout_batch_size, self.args.kl_horizon
-            )
-
-    def _describe(self, episodes: Episodes, kl: Tensor, kl_k3: Tensor) -> dict[str, float]:
-        """Means over all processes' episodes; the KLs are those of whole responses, in nats."""
-        row = {
-            "reward": episodes.scores,
-            "reward_raw": episodes.raw_scores,
-            "kl": kl.sum(-1),
-            "kl_k3": kl_k3.sum(-1),
-            "response_length": episodes.mask.sum(-1),
-            "share_ended": episodes.ended.float(),
-        }
-        if len(self.rewards) > 1:
-            row.update({f"rewards/{name}": scores for name, scores in episodes.by_reward.items()})
-        return {name: self._mean(values) for name, values in row.items()}
-
-    def _mean(self, values: Tensor) -> float:
-        sums = torch.stack([values.double().sum(), values.new_tensor(values.numel(), dtype=torch.double)])
-        total, count = self._sum_over_processes(sums.to(self.accelerator.device)).tolist()
-        return total / max(count, 1)
+        if self.args.world_size == 1:
+            return total
+        return self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
 
     # ---- Loss
 
@@ -278,8 +227,9 @@ class PPOTrainer(Trainer):
         """Clipped surrogate and value loss of a micro-batch, as its share of the minibatch's mean over tokens."""
         batch: Rollout = inputs["batch"]
         args = self.args
-        logits, values = model(**inputs["model_inputs"], response_length=batch.mask.shape[1])
-        log_probs = losses.token_log_probs(suppress(logits, self.suppressed_ids), batch.response_ids, args.temperature)
+        logits, values, ptx_loss = model(**inputs["model_inputs"])
+        shaped = self.rule.shape_response(logits, batch)
+        log_probs = losses.token_log_probs(shaped, batch.response_ids, args.temperature)
         policy_loss, ratio, clipped = losses.policy_losses(
             log_probs, batch.log_probs, batch.advantages, args.cliprange
         )
@@ -294,9 +244,13 @@ class PPOTrainer(Trainer):
                 "ratio": ratio,
                 "update_kl": losses.kl_k3(batch.log_probs, log_probs),
             }
+            if ptx_loss is not None:
+                parts["ptx_loss"] = ptx_loss.detach()
             self.records.add_step({name: (part * batch.mask).sum() for name, part in parts.items()}, batch.mask.sum())
         # Wrappers average gradients over processes, and `tokens` already counts all of them.
         loss = total * args.world_size / inputs["tokens"]
+        if ptx_loss is not None:
+            loss = loss + args.ptx_coef * ptx_loss / args.gradient_accumulation_steps
         return (loss, {"logits": logits, "values": values}) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -325,21 +279,14 @@ class PPOTrainer(Trainer):
         """Sample the prompts of `eval_dataset` and log reward, KL, length and share ended, under `eval_…`."""
         prompts = self.eval_prompts
         if eval_dataset is not None and eval_dataset is not self.eval_prompts:
-            prompts = read_prompts(eval_dataset, self.processing_class, self.longest_prompt, "eval_dataset")
+            prompts = self._read_eval(eval_dataset, self.processing_class)
         if not prompts:
             raise ValueError("evaluate needs an 'eval_dataset'")
-        rows, size = [], self.args.rollout_batch_size
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            episodes = self._sample(chunk, seed_of(self.args.seed, start, -1))
-            rollout, ref_log_probs, _ = self._evaluate_policy(episodes)
-            kl = losses.kl_k1(rollout.log_probs, ref_log_probs)
-            kl_k3 = losses.kl_k3(rollout.log_probs, ref_log_probs)
-            rows.append((len(chunk), self._describe(episodes, kl * rollout.mask, kl_k3 * rollout.mask)))
-        metrics = {
-            f"{metric_key_prefix}_{name}": sum(count * row[name] for count, row in rows) / len(prompts)
-            for name in rows[0][1]
-        }
+        if isinstance(prompts, dict):
+            told = {f"{metric_key_prefix}_{name}": self._measure(rows) for name, rows in prompts.items()}
+        else:
+            told = {metric_key_prefix: self._measure(prompts)}
+        metrics = {f"{prefix}_{name}": value for prefix, row in told.items() for name, value in row.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -351,7 +298,22 @@ class PPOTrainer(Trainer):
             logs = {**logs, **self.records.take(previous)}
             # The Trainer's own sum of losses does not survive in a checkpoint.
             logs["loss"] = logs["policy_loss"] + self.args.vf_coef * logs["value_loss"]
+            logs["loss"] += self.args.ptx_coef * logs.get("ptx_loss", 0.0)
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; `True` resumes from the newest checkpoint that is whole. Ends with `rollouts.jsonl`."""
+        if resume_from_checkpoint is True:
+            found = newest_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"{self.args.output_dir}: holds no whole checkpoint to resume from")
+            resume_from_checkpoint = str(found)
+        if self.args.save_total_limit == 1:  # the older one goes before the newer one has its manifest
+            self.args.save_total_limit = 2
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.should_save:
+            self.records.write_rollouts(Path(self.args.output_dir) / ROLLOUTS_FILE)
+        return result
 
     # ---- Checkpoints: the policy or its adapter at the root, the critic in value_model/, and the rollout in use
 
@@ -362,24 +324,54 @@ class PPOTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
             save_critic(self.model.critic, folder / VALUE_FOLDER, self.processing_class)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of a checkpoint that is written anew
+        super()._save_checkpoint(model, trial)
+        if any(isinstance(callback, RunCallback) for callback in self.callback_handler.callbacks):
+            return  # the run that owns the trainer writes the manifest
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if self.args.should_save:
+            write_manifest(folder)
+
     def _save_rng_state(self, output_dir: str) -> None:
         # Every process comes by here, before older checkpoints are removed.
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
-        if self.args.should_save:
-            self.records.save(folder / STATE_FILE, kl_coef=self.kl_coef)
+        self.records.drain()
+        if not self.args.should_save:
+            return
+        self.records.save(folder / STATE_FILE, kl_coef=self.kl_coef, settings=self._fixed_settings())
         if self.rollout is not None and self.state.global_step % self.args.steps_per_rollout:
-            self.rollout.save(folder / ROLLOUT_FILE.format(self.args.process_index))
+            self.rollout.save(folder / ROLLOUT_FILE)
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        """What a step means hangs on these, so a resumed run has to have the same."""
+        names = ("rollout_batch_size", "minibatch_size", "num_ppo_epochs", "responses_per_prompt", "seed")
+        precision = next((name for name in ("bf16", "fp16") if getattr(self.args, name)), "fp32")
+        return {**{n: getattr(self.args, n) for n in names}, "prompts": len(self.prompts), "precision": precision}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / STATE_FILE).is_file():
             raise ValueError(f"{folder}: not a checkpoint of PPO (it has no {STATE_FILE})")
+        state = self.records.load(folder / STATE_FILE)
+        for name, value in self._fixed_settings().items():
+            saved = state.get("settings", {}).get(name, value)
+            if saved != value:
+                raise ValueError(f"{folder}: was saved with {name} {saved}, and now it is {value}; set it as it was")
         load_policy(self.model.policy, folder)
         load_critic(self.model.critic, folder / VALUE_FOLDER)
-        self.kl_coef = self.records.load(folder / STATE_FILE)["kl_coef"]
-        path = folder / ROLLOUT_FILE.format(self.args.process_index)
+        self.kl_coef = state["kl_coef"]
+        path = folder / ROLLOUT_FILE
         self.rollout = Rollout.load(path, self.accelerator.device) if path.is_file() else None
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint or "")
+        load_policy(self.model.policy, folder)
+        load_critic(self.model.critic, folder / VALUE_FOLDER)
 
 
 def _name_of(model: Any) -> str:
@@ -388,3 +380,8 @@ def _name_of(model: Any) -> str:
 
 def _collate(micro_steps: list[int]) -> dict[str, Tensor]:
     return {"micro_step": torch.tensor(micro_steps)}
+
+
+def _is_columns(dataset: dict[str, Any]) -> bool:
+    """Whether a dictionary is one data set's columns and not several data sets."""
+    return "prompt" in dataset
