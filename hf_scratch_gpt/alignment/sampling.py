@@ -1,0 +1,70 @@
+"""Several answers to each of many prompts, part by part, so that a run that was killed does not ask again."""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hf_scratch_gpt.alignment.scoring import Row
+from hf_scratch_gpt.evaluation.generation import Answer, generate_answers
+from hf_scratch_gpt.runs import Interrupted, StageRun, read_json, write_json
+from hf_scratch_gpt.runs.signals import StopRequest
+from hf_scratch_gpt.runs.training import progress_bar
+
+logger = logging.getLogger(__name__)
+
+_ANSWERS_A_PART = 512  # sampled, then kept: what a kill can lose
+_BATCH = 128  # answers sampled together; which ones never changes an answer
+
+
+def unique_prompts(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each different prompt: answers to one that comes twice would be drawn alike."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(json.dumps(row["prompt"], sort_keys=True), row)
+    return list(first.values())
+
+
+def sample_answers(
+    stage_run: StageRun,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    count: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[Answer]]:
+    """`count` answers to the prompt of each of `rows`, a pure function of the model, the rows and `seed`.
+
+    Args:
+        stage_run: Whose `checkpoints` keep the parts that are done.
+        name: Begins the parts' file names.
+        rows: With different prompts, see `unique_prompts`.
+
+    Raises:
+        ValueError: if a prompt does not fit the model's context.
+        Interrupted: if a signal stopped it; what is sampled is kept.
+    """
+    size = max(1, _ANSWERS_A_PART // count)
+    starts = range(0, len(rows), size)
+    answers: list[list[Answer]] = []
+    stage_run.checkpoints.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, progress_bar(f"{stage_run.stage}: {name}", len(rows)) as bar:
+        for number, start in enumerate(starts):
+            kept = stage_run.checkpoints / f"{name}-{number:05}.json"
+            part = [row["prompt"] for row in rows[start : start + size] for _ in range(count)]
+            if kept.is_file():
+                flat = [Answer(**{**entry, "token_ids": tuple(entry["token_ids"])}) for entry in read_json(kept)]
+            else:
+                if stop.requested:
+                    raise Interrupted(
+                        f"{stage_run.folder}: stopped by {stop.requested} after {start} of {len(rows)} prompts"
+                    )
+                flat = generate_answers(model, tokenizer, part, max_new_tokens, temperature, seed, _BATCH)
+                if stage_run.is_main:
+                    write_json(kept, [vars(answer) for answer in flat])
+            answers += [flat[at : at + count] for at in range(0, len(flat), count)]
+            bar.update(len(answers) - bar.n)
+    return answers
