@@ -2,8 +2,8 @@
 
 Several answers are sampled to each prompt, and an answer's advantage is its reward less the group's mean, over the
 group's deviation: no critic is trained (Shao et al. 2024, https://huggingface.co/papers/2402.03300). `loss_type:
-dr_grpo` with `scale_rewards: none` leaves out the two normalisations that favour long and easy answers (Liu et al. 2025,
-https://huggingface.co/papers/2503.20783).
+dr_grpo` with `scale_rewards: none` leaves out the two normalisations that favour long and easy answers (Liu et al.
+2025, https://huggingface.co/papers/2503.20783).
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ from hf_scratch_gpt.runs import StageRun
 
 logger = logging.getLogger(__name__)
 
-_LABELS = {True: True, False: False, "true": True, "false": False, 1: True, 0: False}
+_LABELS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 are keys too: they equal True and False
 
 
 @dataclasses.dataclass
@@ -67,8 +67,8 @@ Arguments = KTOArguments
 class UnpairedKTOTrainer(LengthGrouping, KTOTrainer):
     """`KTOTrainer` on answers that `tokenise` made, in batches of like length.
 
-    TRL pairs each answer with another prompt of its batch once, before training, and so must read the rows in one fixed
-    order, epoch for epoch. Here the pairs are made when a batch is, so any order will do.
+    TRL pairs each answer with another prompt of its batch once, before training, and so must read the rows in one
+    fixed order, epoch for epoch. Here the pairs are made when a batch is, so any order will do.
     """
 
     def __init__(self, *args: Any, train_dataset: Any, processing_class: Any, **kwargs: Any):
@@ -282,7 +282,7 @@ def unpair(pairs: Any) -> Any:
 
 
 def label_weights(arguments: Any, desirable: int, undesirable: int) -> tuple[float, float]:
-    """The weights of desirable and undesirable answers: as set, or balanced (equation 8 of the paper, at its lower end).
+    """The weights of desirable and undesirable answers: as set, or balanced (the paper's equation 8, its lower end).
 
     Raises:
         ValueError: if there are no answers of one label.

@@ -33,8 +33,8 @@ class MeasuringArguments:
     """How a stage measures its policy.
 
     Args:
-        eval_prompts (`int`, *optional*, defaults to `256`): Held-out prompts on which the policy is measured, the first
-            ones of `eval_dataset`, or of the prepare folder's held-out tasks; 0 measures none.
+        eval_prompts (`int`, *optional*, defaults to `256`): Held-out prompts on which the policy is measured, the
+            first ones of `eval_dataset`, or of the prepare folder's held-out tasks; 0 measures none.
     """
 
     eval_prompts: int = dataclasses.field(
@@ -117,7 +117,7 @@ def measure_policy(
     encoded = encode_prompts(tokenizer, prompts, longest, None)
     pairs = [(ids, answer.token_ids) for ids, answer in zip(encoded, answers, strict=True)]
     kl = answer_divergences(policy, start, pairs, suppressed_token_ids(policy, tokenizer))
-    metrics = {"heldout_prompts": len(rows)}
+    metrics: dict[str, Any] = {"heldout_prompts": len(rows)}
     for name, values in scores.items():
         metrics |= with_interval(f"heldout_{name}", bootstrap_mean(values))
     metrics |= with_interval("heldout_kl", bootstrap_mean(kl))

@@ -1,9 +1,9 @@
 """What `grpo` and `rloo` share: TRL samples, scores and updates in one loop; here is what it needs around that.
 
 TRL's trainers do the sampling, the advantages and the losses. Ours differ in what makes a run trustworthy: prompts are
-encoded so that control tokens in a user's text stay text, no special token but an end token is ever sampled, the reward
-model reads an answer with its end token where it ended, prompts of like length are sampled together, and a run that was
-killed goes on with the very samples that it had.
+encoded so that control tokens in a user's text stay text, no special token but an end token is ever sampled, the
+reward model reads an answer with its end token where it ended, prompts of like length are sampled together, and a run
+that was killed goes on with the very samples that it had.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -122,7 +121,7 @@ class OnlineTraining:
         rewards = [as_reward_function(scorer, tokenizer, ends) for scorer, _ in scorers]
         self.prompt_lengths = prompt_lengths
         score_only_trained_positions()
-        super().__init__(*args, reward_funcs=rewards, **kwargs)
+        super().__init__(*args, reward_funcs=rewards, **kwargs)  # type: ignore[call-arg]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         tokenizer = self.processing_class
@@ -178,7 +177,7 @@ class OnlineTraining:
 
 
 def as_reward_function(scorer: Scorer, tokenizer: Any, ends: frozenset[int]) -> Callable[..., list[float]]:
-    """A scorer as TRL calls a reward function: with completions as token ids, the end token among them if there is one."""
+    """A scorer as TRL calls a reward function: with completions as token ids, the end token among them if it came."""
 
     def reward(prompts: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         rest = {name: values for name, values in columns.items() if name not in _NO_COLUMNS}
@@ -199,7 +198,7 @@ _NO_COLUMNS = frozenset({"completions", "trainer_state", "log_extra", "log_metri
 
 
 def align_online(arguments: Any, stage_run: StageRun, trainer_class: type) -> None:
-    """Train the policy of a stage's settings by `trainer_class`, write it merged, and measure it on held-out prompts."""
+    """Train the policy of a stage's settings by `trainer_class`, write it merged, and measure it held out."""
     from datasets import Dataset
 
     source = arguments.model_name_or_path

@@ -1,8 +1,8 @@
 """What answers are scored by in the stages that sample them: a reward model, the checker, a function of the user's.
 
-A scorer gets whole rows of the data set, the answers' texts and whether each ended, and gives one number an answer. The
-text is scored as the reward model was trained to read it: the whole conversation as the chat template renders it, with
-the end token only where the answer really ended.
+A scorer gets whole rows of the data set, the answers' texts and whether each ended, and gives one number an answer.
+The text is scored as the reward model was trained to read it: the whole conversation as the chat template renders it,
+with the end token only where the answer really ended.
 """
 
 import dataclasses
@@ -39,9 +39,10 @@ class ScoringArguments:
         reward_function (`str`, *optional*): `module:function` of the user's own, called as TRL calls one, with
             `prompts`, `completions` (lists of messages) and each column of the data set; it gives one number each.
         reward_function_weight (`float`, *optional*, defaults to `1.0`): Its weight.
-        checker_weight (`float`, *optional*, defaults to `0.0`): Weight of the checker's verdict on task questions; at 0
-            it is only logged.
-        missing_end_penalty (`float`, *optional*, defaults to `1.0`): Taken off the score of an answer that did not end.
+        checker_weight (`float`, *optional*, defaults to `0.0`): Weight of the checker's verdict on task questions; at
+            0 it is only logged.
+        missing_end_penalty (`float`, *optional*, defaults to `1.0`): Taken off the score of an answer that did not
+            end.
     """
 
     reward_model: str = dataclasses.field(
