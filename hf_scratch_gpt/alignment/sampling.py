@@ -1,7 +1,7 @@
 """Several answers to each of many prompts, part by part, so that a run that was killed does not ask again."""
 
+import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +11,48 @@ from hf_scratch_gpt.runs import Interrupted, StageRun, read_json, write_json
 from hf_scratch_gpt.runs.signals import StopRequest
 from hf_scratch_gpt.runs.training import progress_bar
 
-logger = logging.getLogger(__name__)
-
 _ANSWERS_A_PART = 512  # sampled, then kept: what a kill can lose
 _BATCH = 128  # answers sampled together; which ones never changes an answer
+
+
+@dataclasses.dataclass
+class SamplingArguments:
+    """What a stage samples before it does anything else.
+
+    Args:
+        questions (`int`, *optional*, defaults to `1000`): Prompts of `dataset` that are answered, drawn by the seed; 0
+            takes all.
+        answers_per_question (`int`, *optional*, defaults to `8`): Answers to each.
+        max_completion_length (`int`, *optional*, defaults to `64`): Longest answer in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`): Temperature of the sampling.
+    """
+
+    questions: int = dataclasses.field(default=1000, metadata={"help": "Prompts that are answered; 0 takes all."})
+    answers_per_question: int = dataclasses.field(default=8, metadata={"help": "Answers to each prompt."})
+    max_completion_length: int = dataclasses.field(default=64, metadata={"help": "Longest answer in tokens."})
+    temperature: float = dataclasses.field(default=1.0, metadata={"help": "Temperature of the sampling."})
+
+    def check_sampling(self, least: int) -> None:
+        """Refuse numbers that sample nothing, or fewer than `least` answers to a question.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        bounds = (("questions", 0), ("answers_per_question", least), ("max_completion_length", 1))
+        for name, smallest in bounds:
+            if getattr(self, name) < smallest:
+                raise ValueError(f"'{name}' is {getattr(self, name)}, expected at least {smallest}")
+        if not self.temperature > 0:
+            raise ValueError(f"'temperature' is {self.temperature}, expected above 0: else all answers are the same")
+
+    def sampling(self) -> dict[str, Any]:
+        """The last arguments of `sample_answers`."""
+        return {
+            "count": self.answers_per_question,
+            "max_new_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "seed": self.seed,  # type: ignore[attr-defined]  # of the stage's settings
+        }
 
 
 def unique_prompts(rows: Sequence[Row]) -> list[Row]:
