@@ -49,15 +49,11 @@ def load_prompt_rows(arguments: Any) -> tuple[list[Row], list[Row]]:
         ValueError: naming a row that is no prompt, or a file without rows.
         OSError: if the data is missing.
     """
-    rows = read_prompt_rows(arguments.dataset, "train")
-    if not rows:
-        raise ValueError(f"{arguments.dataset}: holds no rows")
-    for number, row in enumerate(rows, start=1):
-        check_prompt(row, f"{arguments.dataset}, row {number}")
+    rows = read_checked_rows(arguments.dataset, "train")
     heldout: list[Row] = []
     if arguments.eval_prompts > 0:
         if arguments.eval_dataset or Path(arguments.dataset).is_dir():
-            heldout = read_prompt_rows(arguments.eval_dataset or arguments.dataset, "heldout")
+            heldout = read_checked_rows(arguments.eval_dataset or arguments.dataset, "heldout")
         elif arguments.heldout_fraction > 0 and len(rows) > 1:
             random.Random(arguments.seed).shuffle(rows)
             count = max(1, round(arguments.heldout_fraction * len(rows)))
@@ -65,16 +61,28 @@ def load_prompt_rows(arguments: Any) -> tuple[list[Row], list[Row]]:
     return rows, heldout[: arguments.eval_prompts]
 
 
-def check_prompt(row: Row, place: str) -> None:
-    """Refuse a row whose prompt is no conversation that waits for an answer.
+def read_checked_rows(source: str, split: str) -> list[Row]:
+    """`read_prompt_rows`, at least one, each with a prompt that is a conversation.
 
     Raises:
-        ValueError: naming `place` and what was found.
+        FileNotFoundError: if a local source is missing.
+        ValueError: naming the row and what was found.
     """
-    prompt = row.get("prompt")
-    is_messages = isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)
-    if not is_messages or not all({"role", "content"} <= set(message) for message in prompt):  # type: ignore[union-attr]
-        raise ValueError(f"{place}: 'prompt' is {prompt!r:.60}, expected text or messages with 'role' and 'content'")
+    rows = read_prompt_rows(source, split)
+    if not rows:
+        raise ValueError(f"{source}: holds no rows")
+    for number, row in enumerate(rows, start=1):
+        prompt = row.get("prompt")
+        if not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
+            raise ValueError(
+                f"{source}, row {number}: 'prompt' is {prompt!r:.60}, expected text or messages with 'role' and "
+                "'content'"
+            )
+    return rows
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= set(value)
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_scratch_gpt.alignment.scoring import Row
@@ -63,6 +63,39 @@ def unique_prompts(rows: Sequence[Row]) -> list[Row]:
     return list(first.values())
 
 
+def in_parts(
+    stage_run: StageRun, name: str, items: Sequence[Any], size: int, work: Callable[[Sequence[Any]], list[Any]]
+) -> list[Any]:
+    """`work` on `size` of the `items` at a time; one result an item, in their order.
+
+    Args:
+        stage_run: Whose `checkpoints` keep the parts that are done.
+        name: What is done, which begins the parts' file names.
+        work: Gives plain JSON values, the same for the same items.
+
+    Raises:
+        Interrupted: if a signal stopped it; the parts that are done are kept.
+    """
+    results: list[Any] = []
+    stage_run.checkpoints.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, progress_bar(f"{stage_run.stage}: {name}", len(items)) as bar:
+        for number, start in enumerate(range(0, len(items), size)):
+            kept = stage_run.checkpoints / f"{name}-{number:05}.json"
+            if kept.is_file():
+                part = read_json(kept)
+            elif stop.requested:
+                raise Interrupted(
+                    f"{stage_run.folder}: stopped by {stop.requested} after {start} of {len(items)} items"
+                )
+            else:
+                part = work(items[start : start + size])
+                if stage_run.is_main:
+                    write_json(kept, part)
+            results += part
+            bar.update(len(results) - bar.n)
+    return results
+
+
 def sample_answers(
     stage_run: StageRun,
     name: str,
@@ -85,24 +118,11 @@ def sample_answers(
         ValueError: if a prompt does not fit the model's context.
         Interrupted: if a signal stopped it; what is sampled is kept.
     """
-    size = max(1, _ANSWERS_A_PART // count)
-    starts = range(0, len(rows), size)
-    answers: list[list[Answer]] = []
-    stage_run.checkpoints.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop, progress_bar(f"{stage_run.stage}: {name}", len(rows)) as bar:
-        for number, start in enumerate(starts):
-            kept = stage_run.checkpoints / f"{name}-{number:05}.json"
-            part = [row["prompt"] for row in rows[start : start + size] for _ in range(count)]
-            if kept.is_file():
-                flat = [Answer(**{**entry, "token_ids": tuple(entry["token_ids"])}) for entry in read_json(kept)]
-            else:
-                if stop.requested:
-                    raise Interrupted(
-                        f"{stage_run.folder}: stopped by {stop.requested} after {start} of {len(rows)} prompts"
-                    )
-                flat = generate_answers(model, tokenizer, part, max_new_tokens, temperature, seed, _BATCH)
-                if stage_run.is_main:
-                    write_json(kept, [vars(answer) for answer in flat])
-            answers += [flat[at : at + count] for at in range(0, len(flat), count)]
-            bar.update(len(answers) - bar.n)
-    return answers
+
+    def work(part: Sequence[Row]) -> list[Any]:
+        prompts = [row["prompt"] for row in part for _ in range(count)]
+        flat = generate_answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, _BATCH)
+        return [[vars(answer) for answer in flat[at : at + count]] for at in range(0, len(flat), count)]
+
+    sampled = in_parts(stage_run, name, rows, max(1, _ANSWERS_A_PART // count), work)
+    return [[Answer(**{**entry, "token_ids": tuple(entry["token_ids"])}) for entry in answers] for answers in sampled]
