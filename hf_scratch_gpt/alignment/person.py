@@ -1,8 +1,9 @@
 """Rankings by a person: a file goes out, the run stops, and goes on when the filled-in file is there.
 
 `to_rank.jsonl` has a line a question: `id`, `prompt`, `answers` (texts) and `ranking`, which is `null`. The person
-saves it as `ranked.jsonl` beside it, with `ranking` a list of one place for each answer in the order of `answers`: 1 for the
-best, the same place for answers that are as good as each other. A line whose ranking stays `null` is passed over.
+saves it as `ranked.jsonl` beside it, with `ranking` a list of one place for each answer in the order of `answers`: 1
+for the best, the same place for answers that are as good as each other. A line whose ranking stays `null` is passed
+over.
 """
 
 import json

@@ -3,7 +3,8 @@
 The policy answers each question several times, and the answers are ranked: by a judge that compares them two at a time
 (Bai et al. 2022, https://huggingface.co/papers/2212.08073; Lee et al. 2023,
 https://huggingface.co/papers/2309.00267), by what scores them, or by a person, for whom `to_rank.jsonl` is written.
-The run folder gets `preferences.jsonl`, which `dpo` and `reward` take as their `dataset`, and `rankings.jsonl` with all answers to a question, the best first.
+The run folder gets `preferences.jsonl`, which `dpo` and `reward` take as their `dataset`, and `rankings.jsonl` with
+all answers to a question, the best first.
 """
 
 import dataclasses

@@ -2,8 +2,11 @@
 
 import json
 
+import torch
 from transformers import set_seed
 
+from hf_scratch_gpt.finetuning.scoring import pad_rows
+from hf_scratch_gpt.finetuning.tokenise import conversation_encoder
 from hf_scratch_gpt.model import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
@@ -60,7 +63,9 @@ def make_inputs(folder):
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=96, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    ScratchGPTForCausalLM(config).save_pretrained(folder / "sft")
+    model = ScratchGPTForCausalLM(config)
+    learn_colours(model, tokenizer)
+    model.save_pretrained(folder / "sft")
     config.update({"num_labels": 1, "reward_mean": 0.1, "reward_std": 0.5})
     ScratchGPTForSequenceClassification(config).save_pretrained(folder / "reward")
     for name in ("sft", "reward"):
@@ -71,6 +76,24 @@ def make_inputs(folder):
     write_lines(tasks / "preferences_train.jsonl", make_pairs(40))
     write_lines(tasks / "preferences_heldout.jsonl", make_pairs(48)[40:])
     return folder
+
+
+def learn_colours(model, tokenizer, steps=40):
+    """Tune until answers are mostly colours that end, and often wrong ones."""
+    encode = conversation_encoder(tokenizer)
+    rows = [encode(row) for row in make_rows(30)]
+    wrong = [
+        encode({**row, "completion": make_rows(31)[number + 1]["completion"]})
+        for number, row in enumerate(make_rows(30))
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    ids = pad_rows([row["input_ids"] for row in rows + wrong], tokenizer.pad_token_id)
+    labels = pad_rows([row["labels"] for row in rows + wrong], -100)
+    for _ in range(steps):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
 
 
 def arguments_of(module, **settings):
