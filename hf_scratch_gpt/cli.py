@@ -17,6 +17,7 @@ STAGES = {
     "prepare": ("hf_scratch_gpt.data.prepare", "clean text, split it, write token shards and tasks"),
     "pretrain": ("hf_scratch_gpt.pretraining.pretrain", "train a base model from token shards"),
     "sft": ("hf_scratch_gpt.finetuning.sft", "tune a model on instructions (LoRA or full)"),
+    "rlaif": ("hf_scratch_gpt.alignment.rlaif", "have a model's answers ranked: preferences for reward or dpo"),
     "reward": ("hf_scratch_gpt.alignment.reward", "train a reward model on preferences"),
     "dpo": ("hf_scratch_gpt.alignment.dpo", "align a model on preferences directly"),
     "ppo": ("hf_scratch_gpt.alignment.ppo.stage", "align a model against a reward model"),
@@ -24,7 +25,6 @@ STAGES = {
     "grpo": ("hf_scratch_gpt.alignment.grpo", "align a model by comparing its answers to one question"),
     "rloo": ("hf_scratch_gpt.alignment.rloo", "align a model by REINFORCE, leave-one-out"),
     "best_of_n": ("hf_scratch_gpt.alignment.best_of_n", "choose the best of n answers, and tune on them"),
-    "rlaif": ("hf_scratch_gpt.alignment.rlaif", "have a model's answers ranked: preferences for dpo or reward"),
     "iterate": ("hf_scratch_gpt.alignment.iterate", "rank, train the reward model, PPO; round after round"),
     "evaluate": ("hf_scratch_gpt.evaluation.evaluate", "measure a model on held-out text and questions"),
 }

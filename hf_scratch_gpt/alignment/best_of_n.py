@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_scratch_gpt.alignment.measuring import (
     MeasuringArguments,
+    keep_fitting,
     load_prompt_rows,
     measure_policy,
     score_answers,
@@ -89,6 +90,7 @@ def _choose_and_tune(arguments: BestOfNArguments, stage_run: StageRun) -> None:
     max_length = context_length(source, arguments.max_length)
     settings = trainer_arguments(arguments, stage_run, max_length)
     rows, heldout = load_prompt_rows(arguments)
+    rows, heldout = _keep_fitting(arguments, tokenizer, max_length, rows, heldout)
     questions = pick(unique_prompts(rows), arguments.questions, arguments.seed)
     scorers = build_scorers(arguments, questions + heldout)
     model = load_model(AutoModelForCausalLM, source, tokenizer).to(arguments.device)
@@ -118,6 +120,17 @@ def _choose_and_tune(arguments: BestOfNArguments, stage_run: StageRun) -> None:
             answers.write(stage_run.folder)
     if stage_run.is_main:
         stage_run.finish(metrics)
+
+
+def _keep_fitting(
+    arguments: BestOfNArguments, tokenizer: Any, max_length: int, rows: list[Row], heldout: list[Row]
+) -> tuple[list[Row], list[Row]]:
+    options = (tokenizer, arguments.max_completion_length, max_length)
+    rows, _ = keep_fitting(rows, *options, f"{arguments.dataset} (training)", arguments.allow_dropped_rows)
+    if heldout:
+        origin = f"{arguments.eval_dataset or arguments.dataset} (held out)"
+        heldout, _ = keep_fitting(heldout, *options, origin, arguments.allow_dropped_rows)
+    return rows, heldout
 
 
 def _tune(

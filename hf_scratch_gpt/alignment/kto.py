@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
 from hf_scratch_gpt.alignment.dpo import implicit_rewards, preference_metrics
+from hf_scratch_gpt.alignment.measuring import keep_fitting
 from hf_scratch_gpt.alignment.own_answers import OwnAnswersArguments
 from hf_scratch_gpt.alignment.sampling import sample_answers, unique_prompts
 from hf_scratch_gpt.data.tasks import is_exact
@@ -172,6 +173,8 @@ def own_labelled(arguments: KTOArguments, model: Any, tokenizer: Any, stage_run:
 
     loaded = load_conversations(arguments.dataset, arguments.dataset_split, keep_columns=True)
     rows = unique_prompts(with_answers(dict(row) for row in loaded))
+    context = context_length(arguments.model_name_or_path, arguments.max_length)
+    rows, _ = keep_fitting(rows, tokenizer, arguments.own_answer_tokens, context, arguments.dataset)
     questions = pick(rows, arguments.own_answer_questions, arguments.seed)
     sampled = sample_answers(
         stage_run, "own-answers", model.to(arguments.device), tokenizer, questions,

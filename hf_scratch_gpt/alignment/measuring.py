@@ -22,6 +22,8 @@ from hf_scratch_gpt.evaluation.generation import Answer, encode_prompts, generat
 from hf_scratch_gpt.evaluation.intervals import Interval, bootstrap_mean, paired_difference, wilson
 from hf_scratch_gpt.evaluation.likelihood import answer_divergences
 from hf_scratch_gpt.finetuning.models import load_model
+from hf_scratch_gpt.finetuning.tokenise import tokenise
+from hf_scratch_gpt.model.tokenization_scratch_gpt import encode_conversation
 from hf_scratch_gpt.runs import write_text
 
 ANSWERS_FILE = "heldout_answers.jsonl"
@@ -79,6 +81,27 @@ def read_checked_rows(source: str, split: str) -> list[Row]:
                 "'content'"
             )
     return rows
+
+
+def keep_fitting(
+    rows: Sequence[Row], tokenizer: Any, longest_answer: int, max_length: int, origin: str, allow_dropped: bool = False
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows whose prompt leaves room for the longest answer in `max_length` tokens, and their prompts' ids.
+
+    Raises:
+        ValueError: naming `origin` and a row, if all rows or more than 1% are too long (the latter unless
+            `allow_dropped`).
+    """
+
+    def encode(row: Row) -> dict[str, Any]:
+        ids = list(encode_conversation(tokenizer, row["prompt"], add_generation_prompt=True)["input_ids"])
+        return {"place": row["place"], "input_ids": ids, "length": len(ids) + longest_answer}
+
+    numbered = ({"place": place, "prompt": row["prompt"]} for place, row in enumerate(rows))
+    kept, _ = tokenise(
+        numbered, encode, f"{origin}, answers of up to {longest_answer} tokens", max_length, allow_dropped
+    )
+    return [rows[place] for place in kept["place"]], list(kept["input_ids"])
 
 
 def _is_message(value: Any) -> bool:

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_scratch_gpt.alignment.measuring import MeasuringArguments, load_prompt_rows, measure_policy
+from hf_scratch_gpt.alignment.measuring import MeasuringArguments, keep_fitting, load_prompt_rows, measure_policy
 from hf_scratch_gpt.alignment.scoring import MISSING_END, Row, Scorer, ScoringArguments, build_scorers
-from hf_scratch_gpt.evaluation.generation import encode_prompts, end_token_ids, suppressed_token_ids
+from hf_scratch_gpt.evaluation.generation import end_token_ids, suppressed_token_ids
 from hf_scratch_gpt.finetuning._compat import score_only_trained_positions
 from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
 from hf_scratch_gpt.finetuning.models import check_model_source, context_length, load_model, load_tokenizer
@@ -207,7 +207,11 @@ def align_online(arguments: Any, stage_run: StageRun, trainer_class: type) -> No
     tokenizer = load_tokenizer(source)
     max_length = context_length(source, arguments.max_length)
     rows, heldout = load_prompt_rows(arguments)
-    encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows], arguments.max_completion_length, max_length)
+    longest, allow = arguments.max_completion_length, arguments.allow_dropped_rows
+    rows, encoded = keep_fitting(rows, tokenizer, longest, max_length, f"{arguments.dataset} (training)", allow)
+    if heldout:
+        origin = f"{arguments.eval_dataset or arguments.dataset} (held out)"
+        heldout, _ = keep_fitting(heldout, tokenizer, longest, max_length, origin, allow)
     scorers = build_scorers(arguments, rows + heldout)
     model = load_model(AutoModelForCausalLM, source, tokenizer)
     trainer = trainer_class(

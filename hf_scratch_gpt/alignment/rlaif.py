@@ -9,14 +9,14 @@ all answers to a question, the best first.
 
 import dataclasses
 import json
-import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_scratch_gpt.alignment.endpoint import EndpointJudge
 from hf_scratch_gpt.alignment.judges import JUDGE_PROMPT, FunctionJudge, Judge, ModelJudge
-from hf_scratch_gpt.alignment.measuring import read_checked_rows
+from hf_scratch_gpt.alignment.measuring import keep_fitting, read_checked_rows
 from hf_scratch_gpt.alignment.person import rankings_of_person
 from hf_scratch_gpt.alignment.ranking import (
     Ranking,
@@ -29,12 +29,11 @@ from hf_scratch_gpt.alignment.ranking import (
 )
 from hf_scratch_gpt.alignment.sampling import SamplingArguments, in_parts, sample_answers, unique_prompts
 from hf_scratch_gpt.alignment.scoring import Row, ScoringArguments, build_scorers, total_scores
+from hf_scratch_gpt.evaluation.mode import context_length_of
 from hf_scratch_gpt.evaluation.models import load_model
 from hf_scratch_gpt.evaluation.questions import pick
 from hf_scratch_gpt.runs import StageArguments, StageRun, write_text
 from hf_scratch_gpt.runs.process import set_up_stage
-
-logger = logging.getLogger(__name__)
 
 PREFERENCES_FILE, RANKINGS_FILE = "preferences.jsonl", "rankings.jsonl"
 _QUESTIONS_A_PART = 16  # judged, then kept: what a kill can lose
@@ -178,8 +177,10 @@ def run(arguments: RLAIFArguments) -> Path:
 def _rank(arguments: RLAIFArguments, stage_run: StageRun) -> None:
     judge = arguments.make_judge()  # what is wrong with it is told before anything is sampled
     rows = unique_prompts(read_checked_rows(arguments.dataset, "train"))
-    questions = pick(rows, arguments.questions, arguments.seed)
     model, tokenizer = load_model(arguments.model_name_or_path)
+    context = context_length_of(model) or sys.maxsize
+    rows, _ = keep_fitting(rows, tokenizer, arguments.max_completion_length, context, arguments.dataset)
+    questions = pick(rows, arguments.questions, arguments.seed)
     sampled = sample_answers(stage_run, "answers", model, tokenizer, questions, **arguments.sampling())
     del model
     pairs = [(row, comparable(answers)) for row, answers in zip(questions, sampled, strict=True)]

@@ -102,3 +102,35 @@ def arguments_of(module, **settings):
     for name, value in settings.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return parse_arguments(module.Arguments, flags)
+
+
+# What the tests name as `relatives_tiny:...`.
+
+
+def likes_blue(prompts, completions, **columns):
+    """1 for an answer that begins with blue."""
+    return [float(completion[-1]["content"].startswith("blue")) for completion in completions]
+
+
+def prefers_blue(prompts, firsts, seconds):
+    """A judge with the same taste."""
+    return [
+        0.5 + (first.startswith("blue") - second.startswith("blue")) / 2
+        for first, second in zip(firsts, seconds, strict=True)
+    ]
+
+
+def raises(prompts, completions, **columns):
+    raise KeyError("no such thing")
+
+
+def too_few(prompts, completions, **columns):
+    return [0.0]
+
+
+def not_a_number(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+
+
+def no_number(prompts, completions, **columns):
+    return ["good"] * len(prompts)
