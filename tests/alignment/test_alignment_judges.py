@@ -1,4 +1,4 @@
-"""Judges: a local model's verdict by hand, both orders, an endpoint over loopback, and what each does when it fails."""
+"""Judges: a local model's verdict by hand, both orders, an endpoint over loopback, and how each of them fails."""
 
 import json
 import threading

@@ -125,5 +125,5 @@ def test_what_cannot_score_is_refused(inputs):
     with pytest.raises(ValueError, match=r"questions\.jsonl has rows that are no task questions"):
         build_scorers(settings(checker_weight=1.0), [{"prompt": []}])
     long_row = {"prompt": [{"role": "user", "content": "red " * 200}]}
-    with pytest.raises(ValueError, match="reward model .*reward: a prompt and its answer have .* its context is 96"):
+    with pytest.raises(ValueError, match=r"reward model .*reward: a prompt and its answer have .* its context is 96"):
         ModelScorer(str(inputs / "reward")).score([long_row], ["red"], [True])
