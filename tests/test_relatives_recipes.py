@@ -22,7 +22,10 @@ ONLINE = {**LORA, "per_device_train_batch_size": 8, "max_completion_length": 8, 
 TOY = {
     "rlaif": SAMPLED,
     "dpo": {**LORA, "per_device_train_batch_size": 4},
-    "kto": {**LORA, "own_answer_questions": 20, "own_answer_tokens": 8, "per_device_train_batch_size": 4},
+    "kto": {
+        **{**LORA, "own_answer_questions": 20, "own_answers_per_question": 24, "own_answer_tokens": 8},
+        **{"per_device_train_batch_size": 4},
+    },
     "grpo": ONLINE,
     "rloo": ONLINE,
     "best_of_n": {**LORA, **SAMPLED, "per_device_train_batch_size": 4, "eval_prompts": 4},

@@ -4,6 +4,7 @@ The key comes from an environment variable and goes nowhere but into the request
 redirect is followed), not in the clear (plain http is for loopback only), not into a message or a recipe.
 """
 
+import http.client
 import json
 import os
 import time
@@ -109,7 +110,7 @@ class EndpointJudge:
                 if error.code not in _TRY_AGAIN or attempt == self.retries:
                     raise OSError(f"{self.url}: answered {error.code} {error.reason}{_tries(attempt)}") from None
                 wait = _asked_wait(error.headers.get("Retry-After"))
-            except (OSError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 if attempt == self.retries:
                     reason = getattr(error, "reason", error)
                     raise OSError(f"{self.url}: cannot be reached: {reason}{_tries(attempt)}") from None

@@ -70,7 +70,7 @@ def in_parts(
 
     Args:
         stage_run: Whose `checkpoints` keep the parts that are done.
-        name: What is done, which begins the parts' file names.
+        name: What the results are, which begins the parts' file names.
         work: Gives plain JSON values, the same for the same items.
 
     Raises:
@@ -83,16 +83,15 @@ def in_parts(
             kept = stage_run.checkpoints / f"{name}-{number:05}.json"
             if kept.is_file():
                 part = read_json(kept)
-            elif stop.requested:
-                raise Interrupted(
-                    f"{stage_run.folder}: stopped by {stop.requested} after {start} of {len(items)} items"
-                )
             else:
                 part = work(items[start : start + size])
                 if stage_run.is_main:
                     write_json(kept, part)
             results += part
             bar.update(len(results) - bar.n)
+            if stop.requested:
+                done = f"{len(results)} of {len(items)} {name}"
+                raise Interrupted(f"{stage_run.folder}: stopped by {stop.requested} after {done}")
     return results
 
 

@@ -164,7 +164,8 @@ class FunctionScorer:
         Raises:
             ValueError: if it raises, or does not give one finite number an answer.
         """
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        columns = {name: [row.get(name) for row in rows] for name in names}
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         try:
             scores = self.function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)

@@ -161,7 +161,7 @@ def test_answers_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypat
 
     monkeypatch.setattr(sampling, "generate_answers", asking)
     arguments = settings(inputs, tmp_path / "best")
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after 12 of 30 items"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after 12 of 30 answers"):
         best_of_n.run(arguments)
     with monkeypatch.context() as patch:
         patch.setattr(best_of_n, "train_and_save", lambda *rest: 1 / 0)

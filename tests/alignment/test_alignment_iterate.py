@@ -24,7 +24,7 @@ STEPS = {
         "answers_per_question": 4,
         "max_completion_length": 8,
     },
-    "reward": {"per_device_train_batch_size": 8, "max_steps": 6, "learning_rate": 0.01, "save_steps": 2},
+    "reward": {"per_device_train_batch_size": 8, "max_steps": 30, "learning_rate": 0.01, "save_steps": 3},
     "ppo": {
         "total_episodes": 32,
         "rollout_batch_size": 16,

@@ -149,8 +149,7 @@ def test_pairs_are_taken_apart_and_held_out_pairs_come_out_right(inputs, tmp_pat
 
 def test_answers_with_labels_need_no_pairs_and_may_be_unbalanced(inputs, tmp_path):
     rows = [row for number, row in enumerate(labelled()) if row["label"] or number % 4 == 1]
-    rows[0]["label"], rows[1]["label"] = 1, "False"
-    path = write_lines(tmp_path / "labelled.jsonl", rows)
+    path = write_lines(tmp_path / "labelled.jsonl", [{**row, "label": str(row["label"])} for row in rows])
     folder = align(inputs, tmp_path / "kto", dataset=path, heldout_fraction=0.25, max_steps=4)
     metrics = read_metrics(folder)["metrics"]
     bad = metrics["answers"] - metrics["desirable_answers"]

@@ -1,5 +1,6 @@
 """GRPO and RLOO on TRL's trainers: what is sampled, what is rewarded, and that a killed run ends as a whole one."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,7 @@ def test_no_special_token_but_an_end_token_is_ever_sampled(inputs, tmp_path, mon
     assert len(suppressed) > model.config.vocab_size - len(tokenizer)
     forward = type(model).forward
 
+    @functools.wraps(forward)  # whose arguments `generate` looks at
     def tempted(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if not kwargs.get("fused_lm_head"):
