@@ -1,6 +1,7 @@
 """The recipes of PPO's relatives and of the loop parse as they stand, and run to a model that chats at toy size."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from hf_scratch_gpt import pipeline
 from hf_scratch_gpt.cli import STAGES, main
+from hf_scratch_gpt.reporting.verdicts import stage_rows
 from hf_scratch_gpt.runs import parse_arguments, read_metrics
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -74,6 +76,18 @@ def test_each_recipe_runs_to_a_model_that_chats(road, stage, capsys):
     assert read_metrics(folder)["metrics"]["steps"] == 2
     assert main(["chat", str(folder), "--prompt", "Which is red, 1?", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_the_report_tells_each_of_them(road):
+    report = json.loads((road / "out" / "report.json").read_text(encoding="utf-8"))
+    rows = {row.stage: row for row in stage_rows(report)}
+    assert set(rows) == set(TOY)
+    for stage in ("grpo", "rloo", "best_of_n"):
+        metrics = read_metrics(road / "out" / stage)["metrics"]
+        assert rows[stage].measure == "gold reward, held-out"
+        assert (rows[stage].before, rows[stage].after) == (metrics["heldout_gold_start"], metrics["heldout_gold"])
+    assert rows["rlaif"].after == read_metrics(road / "out" / "rlaif")["metrics"]["pairs"]
+    assert rows["kto"].measure == "answers told apart, held-out"
 
 
 def test_dpo_is_trained_on_what_was_ranked(road):

@@ -149,7 +149,7 @@ def test_verdicts_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypa
     monkeypatch.setattr(FunctionJudge, "prefer", asking)
     monkeypatch.setattr(rlaif, "_QUESTIONS_A_PART", 5)
     arguments = settings(inputs, tmp_path / "again")
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after 5 of .* verdicts"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after 5 of .* verdicts"):
         rlaif.run(arguments)
     folder = rlaif.run(arguments)
     assert len(asked) == len(set(asked)) == 2 * read_metrics(folder)["metrics"]["comparisons"]
