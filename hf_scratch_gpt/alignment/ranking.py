@@ -47,11 +47,12 @@ class Ranking:
         ]
 
     def record(self) -> Row:
-        """A line of `rankings.jsonl`, the best answer first."""
+        """A line of `rankings.jsonl`, the best answer first; equal scores share a rank, and 1 is the best."""
         order = sorted(range(len(self.answers)), key=lambda index: -self.scores[index])
         return {
             "prompt": self.row["prompt"],
-            "answers": [[{"role": "assistant", "content": self.answers[index]}] for index in order],
+            "completions": [[{"role": "assistant", "content": self.answers[index]}] for index in order],
+            "ranks": [1 + sum(other > self.scores[index] for other in self.scores) for index in order],
             "scores": [self.scores[index] for index in order],
         }
 

@@ -243,9 +243,12 @@ def _score(arguments: RLAIFArguments, rows: list[Row], texts: list[list[str]]) -
 
 
 def _write(folder: Path, rankings: Sequence[Ranking]) -> int:
-    """Write `rankings.jsonl` and `preferences.jsonl`; returns the number of preferences."""
+    """Write `rankings.jsonl` and `preferences.jsonl`; returns the number of preferences.
+
+    A question whose answers are all as good as each other is in neither: it teaches nothing.
+    """
     preferences = [pair for ranking in rankings for pair in ranking.preferences()]
-    records = [ranking.record() for ranking in rankings]
+    records = [ranking.record() for ranking in rankings if len(set(ranking.scores)) > 1]
     for name, lines in ((RANKINGS_FILE, records), (PREFERENCES_FILE, preferences)):
         write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(preferences)

@@ -33,7 +33,9 @@ def test_a_verdict_is_the_mean_of_both_orders_and_even_is_no_preference():
     assert rank_by_verdicts(row, ["a", "b", "c"], verdicts, least_margin=0.7).pairs == []
     (pair,) = ranking.preferences()
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("a", "b")
-    assert [answer[0]["content"] for answer in ranking.record()["answers"]] == ["a", "c", "b"]
+    assert [answer[0]["content"] for answer in ranking.record()["completions"]] == ["a", "c", "b"]
+    assert ranking.record()["ranks"] == [1, 2, 3]
+    assert Ranking(row, ["a", "b", "c", "d"], [1.0, 3.0, 1.0, 0.0], []).record()["ranks"] == [1, 2, 2, 4]
 
 
 def test_scores_give_all_pairs_but_those_of_equals():
@@ -105,7 +107,9 @@ def test_what_is_preferred_is_what_the_judge_prefers(ranked):
     assert decided == pytest.approx(len(pairs))
     for ranking in read_lines(ranked / rlaif.RANKINGS_FILE):
         assert ranking["scores"] == sorted(ranking["scores"], reverse=True)
-        assert len(ranking["answers"]) == len(ranking["scores"]) > 1
+        assert ranking["ranks"] == sorted(ranking["ranks"])
+        assert ranking["ranks"][0] == 1 < ranking["ranks"][-1]
+        assert len(ranking["completions"]) == len(ranking["scores"]) == len(ranking["ranks"])
 
 
 def test_dpo_and_the_reward_model_take_the_preferences(ranked, inputs, tmp_path):
