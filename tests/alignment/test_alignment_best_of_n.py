@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from relatives_tiny import arguments_of, make_inputs, make_rows, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +19,7 @@ from hf_scratch_gpt.runs import Interrupted, read_metrics
 # ---- The mathematics
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 10**6)), min_size=1, max_size=7, unique_by=lambda row: row[1]),
     st.data(),
@@ -92,7 +93,7 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def settings(inputs, output, **changed):
+def arguments_for(inputs, output, **changed):
     chosen = {
         "model_name_or_path": inputs / "sft",
         "dataset": inputs / "prepare",
@@ -112,7 +113,7 @@ def settings(inputs, output, **changed):
 
 @pytest.fixture(scope="module")
 def tuned(inputs, tmp_path_factory):
-    return best_of_n.run(settings(inputs, tmp_path_factory.mktemp("runs") / "best"))
+    return best_of_n.run(arguments_for(inputs, tmp_path_factory.mktemp("runs") / "best"))
 
 
 def test_the_chosen_answers_are_a_data_set_of_what_was_sampled(tuned, inputs):
@@ -140,7 +141,7 @@ def test_tuning_makes_what_was_chosen_likelier(tuned):
 
 
 def test_without_tuning_only_the_answers_are_written(inputs, tmp_path, tuned):
-    folder = best_of_n.run(settings(inputs, tmp_path / "best", tune=False, eval_prompts=0))
+    folder = best_of_n.run(arguments_for(inputs, tmp_path / "best", tune=False, eval_prompts=0))
     assert (folder / best_of_n.CHOSEN_FILE).read_bytes() == (tuned / best_of_n.CHOSEN_FILE).read_bytes()
     assert not (folder / "model.safetensors").exists()
     assert "heldout_by_n" not in read_metrics(folder)["metrics"]
@@ -160,7 +161,7 @@ def test_answers_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypat
         return plain(model, tokenizer, prompts, *rest)
 
     monkeypatch.setattr(sampling, "generate_answers", asking)
-    arguments = settings(inputs, tmp_path / "best")
+    arguments = arguments_for(inputs, tmp_path / "best")
     with pytest.raises(Interrupted, match="stopped by SIGTERM after 12 of 30 answers"):
         best_of_n.run(arguments)
     with monkeypatch.context() as patch:
@@ -185,4 +186,4 @@ def test_answers_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypat
 )
 def test_what_chooses_nothing_is_told(inputs, tmp_path, changed, told):
     with pytest.raises(ValueError, match=told):
-        best_of_n.run(settings(inputs, tmp_path / "best", **changed))
+        best_of_n.run(arguments_for(inputs, tmp_path / "best", **changed))

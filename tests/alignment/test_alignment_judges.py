@@ -162,7 +162,7 @@ def endpoint():
     server.server_close()
 
 
-def ask(url, comparisons, key_variable="", retries=2, requests=1, timeout=5.0, name="judge-1"):
+def ask(url, comparisons, key_variable="", retries=2, requests=1, timeout=60.0, name="judge-1"):
     judge = EndpointJudge(url, name, key_variable, TEMPLATE, timeout, retries, requests, first_wait=0.01)
     return judge.prefer(comparisons)
 

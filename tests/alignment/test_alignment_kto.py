@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from relatives_tiny import arguments_of, make_inputs, make_pairs, make_rows, write_lines
 from safetensors.torch import load_file
@@ -44,9 +44,14 @@ def labelled(count=24):
     ]
 
 
+def blue(before=""):
+    return [{"role": "assistant", "content": f"{before}blue"}]
+
+
 # ---- The KL term's pairs
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
 def test_every_answer_stands_in_once_and_never_for_its_own_prompt_where_that_can_be(numbers):
     prompts = [[number] for number in numbers]
@@ -133,9 +138,10 @@ def test_the_label_with_fewer_answers_weighs_as_much_as_the_other():
 
 
 def test_pairs_are_taken_apart_and_held_out_pairs_come_out_right(inputs, tmp_path):
-    folder = align(inputs, tmp_path / "kto")
+    pairs = [{**pair, "chosen": blue(), "rejected": blue("not ")} for pair in make_pairs(40)]
+    folder = align(inputs, tmp_path / "kto", dataset=write_lines(tmp_path / "p.jsonl", pairs), heldout_fraction=0.2)
     metrics = read_metrics(folder)["metrics"]
-    assert (metrics["answers"], metrics["desirable_answers"]) == (80, 40)
+    assert (metrics["answers"], metrics["desirable_answers"]) == (64, 32)
     assert (metrics["heldout_pairs"], metrics["heldout_answers"]) == (8, 16)
     assert metrics["preference_accuracy"] >= 0.9
     assert metrics["heldout_label_auc"] > 0.7

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_scratch_gpt.alignment import grpo, online, rloo
 from hf_scratch_gpt.evaluation.generation import suppressed_token_ids
+from hf_scratch_gpt.finetuning.models import load_model
 from hf_scratch_gpt.model import encode_conversation
 from hf_scratch_gpt.runs import read_metrics
 
@@ -123,8 +124,8 @@ def test_a_reward_gets_the_text_and_whether_it_ended_and_the_columns(inputs):
 @pytest.mark.parametrize("method", TRAINERS)
 def test_no_special_token_but_an_end_token_is_ever_sampled(inputs, tmp_path, monkeypatch, method):
     """The planted fault: every token that must not come is made by far the likeliest."""
-    model = AutoModelForCausalLM.from_pretrained(inputs / "sft")
     tokenizer = AutoTokenizer.from_pretrained(inputs / "sft")
+    model = load_model(AutoModelForCausalLM, str(inputs / "sft"), tokenizer)
     suppressed = suppressed_token_ids(model, tokenizer)
     assert len(suppressed) > model.config.vocab_size - len(tokenizer)
     forward = type(model).forward
@@ -180,7 +181,9 @@ def test_the_rewarded_answer_becomes_likelier(trained, inputs):
     assert metrics["heldout_gold"] == pytest.approx(sum(gold) / 6)
     assert metrics["heldout_kl"] > 0
     low, high = metrics["heldout_gold_gain_interval"]
-    assert low <= metrics["heldout_gold"] - metrics["heldout_gold_start"] == metrics["heldout_gold_gain"] <= high
+    assert low <= metrics["heldout_gold_gain"] <= high
+    gain = metrics["heldout_gold"] - metrics["heldout_gold_start"]
+    assert metrics["heldout_gold_gain"] == pytest.approx(gain, abs=1e-9)
 
 
 def test_the_output_is_a_plain_model_that_chats(trained, inputs):
