@@ -163,15 +163,17 @@ def test_no_special_token_but_an_end_token_is_ever_sampled(inputs, tmp_path, mon
 @pytest.fixture(scope="module", params=TRAINERS)
 def trained(request, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / request.param
-    options = {"reward_model": inputs / "reward", "reward_function_weight": 4.0, "max_steps": 24}
+    options = {"reward_model": inputs / "reward", "reward_function_weight": 4.0, "max_steps": 40}
+    options |= {"per_device_train_batch_size": 32, "num_generations": 8, "steps_per_generation": 1}
+    options |= {"lr_scheduler_type": "constant", "learning_rate": 1.5e-2}
     return align(inputs, folder, request.param, **options)
 
 
 def test_the_rewarded_answer_becomes_likelier(trained, inputs):
     metrics = read_metrics(trained)["metrics"]
     assert metrics["reward_end"] > metrics["reward_start"] + 0.5
-    assert metrics["rewards_reward_function_end"] > metrics["rewards_reward_function_start"] + 0.3
-    assert metrics["episodes"] == 24 // 4 * 16
+    assert metrics["rewards_reward_function_end"] > metrics["rewards_reward_function_start"] + 0.15
+    assert metrics["episodes"] == 40 // 2 * 32
     assert 0 <= metrics["share_ended_start"] <= 1
     answers = read_lines(trained / "heldout_answers.jsonl")
     assert metrics["heldout_prompts"] == len(answers) == 6
