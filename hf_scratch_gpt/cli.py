@@ -21,9 +21,15 @@ STAGES = {
         "tune a model on instructions (full, LoRA, DoRA, QLoRA, prefix, adapter)",
     ),
     "classify": ("hf_scratch_gpt.finetuning.classify", "train a text classifier from a model (full or LoRA)"),
+    "rlaif": ("hf_scratch_gpt.alignment.rlaif", "have a model's answers ranked: preferences for reward or dpo"),
     "reward": ("hf_scratch_gpt.alignment.reward", "train a reward model on preferences"),
     "dpo": ("hf_scratch_gpt.alignment.dpo", "align a model on preferences directly"),
     "ppo": ("hf_scratch_gpt.alignment.ppo.stage", "align a model against a reward model"),
+    "kto": ("hf_scratch_gpt.alignment.kto", "align a model on answers labelled good or bad"),
+    "grpo": ("hf_scratch_gpt.alignment.grpo", "align a model by comparing its answers to one question"),
+    "rloo": ("hf_scratch_gpt.alignment.rloo", "align a model by REINFORCE, leave-one-out"),
+    "best_of_n": ("hf_scratch_gpt.alignment.best_of_n", "choose the best of n answers, and tune on them"),
+    "iterate": ("hf_scratch_gpt.alignment.iterate", "rank, train the reward model, PPO; round after round"),
     "evaluate": ("hf_scratch_gpt.evaluation.evaluate", "measure a model on held-out text and questions"),
 }
 # Commands that are not stages: a module with `main(argv) -> int`.

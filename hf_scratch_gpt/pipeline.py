@@ -24,6 +24,7 @@ from hf_scratch_gpt.runs.command_line import CommandParser
 from hf_scratch_gpt.runs.files import shipped_folder
 from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import release_freed_memory
+from hf_scratch_gpt.runs.process import reset_libraries
 
 # The settings that a budget stretches or shrinks, and the minutes that the recipes as written aim at on two cores.
 SCALED_SETTINGS = ("max_minutes", "max_steps")
@@ -108,14 +109,6 @@ def _run_id(folder: Path) -> str | None:
     return read_metrics(folder)["run_id"] if (folder / METRICS).is_file() else None
 
 
-def _reset_libraries() -> None:
-    """Accelerate keeps one global state a process; the next stage may want another precision."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run_stages(plans: Sequence[StagePlan]) -> float:
     """Run the stages in order; returns the seconds of all of them, those of earlier, interrupted tries included.
 
@@ -127,7 +120,7 @@ def run_stages(plans: Sequence[StagePlan]) -> float:
     for number, plan in enumerate(plans, start=1):
         before, start = _run_id(plan.output_dir), time.monotonic()
         print(f"[{number}/{len(plans)}] {plan.stage}: {STAGES[plan.stage][1]}", flush=True)
-        _reset_libraries()
+        reset_libraries()
         # Parsed again, because transformers' settings hold on to the global state that was just reset.
         module, arguments = _parse_plan(plan)
         folder = module.run(arguments)

@@ -13,6 +13,10 @@ from hf_scratch_gpt.cli import STAGES, main
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix jugs of pale yellow wax by the old quay"
 LONG = "word " * 2000
+ONLINE = {
+    **{"model_name_or_path": "road/sft", "reward_model": "road/reward", "dataset": "questions.jsonl"},
+    **{"max_steps": "1", "num_generations": "2", "per_device_train_batch_size": "4", "max_completion_length": "4"},
+}
 INPUTS = {
     "tokenizer": {"sources": "corpus", "vocab_size": "300"},
     "prepare": {"tokenizer_dir": "road/tokenizer", "sources": "corpus"},
@@ -22,18 +26,35 @@ INPUTS = {
     },
     "sft": {"model_name_or_path": "road/pretrain", "dataset": "questions.jsonl", "max_steps": "1"},
     "classify": {"model_name_or_path": "road/pretrain", "dataset": "labels.tsv", "max_steps": "1"},
+    "rlaif": {
+        **{"model_name_or_path": "road/sft", "dataset": "questions.jsonl", "judge_model": "road/sft"},
+        **{"answers_per_question": "2", "max_completion_length": "4"},
+    },
     "reward": {"model_name_or_path": "road/sft", "dataset": "preferences.jsonl", "max_steps": "1"},
     "dpo": {"model_name_or_path": "road/sft", "dataset": "preferences.jsonl", "max_steps": "1"},
     "ppo": {
         **{"model_name_or_path": "road/sft", "reward_model": "road/reward", "dataset": "questions.jsonl"},
         **{"max_steps": "1", "rollout_batch_size": "4", "per_device_train_batch_size": "4", "max_new_tokens": "4"},
     },
+    "kto": {"model_name_or_path": "road/sft", "dataset": "preferences.jsonl", "max_steps": "1"},
+    "grpo": {**ONLINE},
+    "rloo": {**ONLINE},
+    "best_of_n": {
+        **{"model_name_or_path": "road/sft", "reward_model": "road/reward", "dataset": "questions.jsonl"},
+        **{"answers_per_question": "2", "max_completion_length": "4", "max_steps": "1"},
+    },
+    "iterate": {
+        **{"model_name_or_path": "road/sft", "dataset": "questions.jsonl"},
+        **{"rank_recipe": "recipes/relatives/rlaif.yaml", "reward_recipe": "recipes/quickstart/reward.yaml"},
+        **{"ppo_recipe": "recipes/quickstart/ppo.yaml"},
+    },
     "evaluate": {
         **{"models": "road/sft", "model_names": "sft", "questions_source": "questions.jsonl", "questions": "4"},
         **{"samples_per_prompt": "0", "max_new_tokens": "4", "dataset_dir": "", "reward_model": ""},
     },
 }
-TUNING = ("sft", "reward", "dpo", "ppo")
+TUNING = ("sft", "reward", "dpo", "ppo", "kto", "grpo", "rloo", "best_of_n", "rlaif")
+OF_QUESTIONS = ("sft", "ppo", "grpo", "rloo", "best_of_n", "rlaif", "evaluate")
 
 
 def command(stage, output_dir="new", **changed):
@@ -261,7 +282,7 @@ def test_evaluate_names_an_unusable_reward_model_before_it_measures(fails, home,
     ],
 )
 def test_unusable_data_is_named(fails, stage, data, told):
-    data = "long_questions.jsonl" if data == "long.jsonl" and stage in ("sft", "ppo", "evaluate") else data
+    data = "long_questions.jsonl" if data == "long.jsonl" and stage in OF_QUESTIONS else data
     line = fails(command(stage, **{"questions_source" if stage == "evaluate" else "dataset": data}))
     assert told in line
     assert ("'word word" if data == "long_questions.jsonl" and stage == "evaluate" else data) in line

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,3 +96,32 @@ def let_head_have_no_bias(model: Any) -> None:
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
         head.bias = None
+
+
+def unpaired_collator(
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    pair_up: Callable[[list[list[int]]], list[int]] | None,
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """TRL's collator of labelled answers, pairing each prompt with another's answer when the batch is made.
+
+    Args:
+        pad_token_id (`int`): Fills.
+        pad_to_multiple_of (`int`, *optional*): To what multiple.
+        pair_up (`Callable`, *optional*): Prompts of a batch -> the row whose answer each gets for the KL term; `None`
+            for losses without one.
+    """
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    collate = DataCollatorForUnpairedPreference(pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+
+    def pair_and_collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if pair_up is not None:
+            others = pair_up([example["prompt_ids"] for example in examples])
+            examples = [
+                {**example, "KL_completion_ids": examples[other]["completion_ids"]}
+                for example, other in zip(examples, others, strict=True)
+            ]
+        return collate(examples)
+
+    return pair_and_collate

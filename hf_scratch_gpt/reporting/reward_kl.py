@@ -68,7 +68,7 @@ def draw_reward_kl(folder: str | Path) -> Path | None:
     Returns:
         `Path` or `None`: the picture, or nothing where there are fewer than two rollouts to draw.
     """
-    parts = []
+    parts: list[str] = []
     for (title, points), colour in zip(_panels(read_rollouts(folder)), (_LEARNT_COLOUR, _GOLD_COLOUR), strict=False):
         svg = charts.path_chart(points, title, _X_LABEL, colour)
         if not svg:

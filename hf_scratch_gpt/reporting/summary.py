@@ -13,12 +13,33 @@ from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import peak_rss_bytes
 
 # The stages in the order of the road.
-ROAD = ("tokenizer", "prepare", "pretrain", "sft", "classify", "reward", "dpo", "ppo", "evaluate")
+ROAD = (
+    *("tokenizer", "prepare", "pretrain", "sft", "classify", "rlaif", "reward", "dpo", "ppo"),
+    *("kto", "grpo", "rloo", "best_of_n", "iterate", "evaluate"),
+)
 MODEL_STAGES = ("pretrain", "sft", "dpo", "ppo")
 # What a model is called in the evaluation if its run cannot be told by its id.
 _USUAL_NAMES = {"pretrain": "base"}
+# What a stage measures of its own policy's answers to held-out prompts.
+_HELD_OUT = (
+    "heldout_gold",
+    "heldout_gold_interval",
+    "heldout_gold_start",
+    "heldout_gold_start_interval",
+    "heldout_gold_gain",
+    "heldout_gold_gain_interval",
+    "heldout_prompts",
+    "heldout_kl",
+    "heldout_share_ended",
+)
 # Figures that are copied from a stage's own metrics as they are.
 _COPIED = {
+    "rlaif": ("ranked_by", "questions", "answers", "pairs", "order_agreement", "gold_agreement", "gold_pairs"),
+    "kto": ("labels", "answers", "steps", "beta", "heldout_label_auc", "heldout_answers"),
+    "grpo": ("checker_weight", "steps", "episodes", "reward_start", "reward_end", *_HELD_OUT),
+    "rloo": ("checker_weight", "steps", "episodes", "reward_start", "reward_end", *_HELD_OUT),
+    "best_of_n": ("questions", "answers", "answers_per_question", "chosen", "heldout_by_n", "steps", *_HELD_OUT),
+    "iterate": ("rounds", "best_round", "last_round_raised_gold", *_HELD_OUT),
     "tokenizer": ("vocab_size", "bytes_per_token", "characters_per_token", "heldout_bytes", "vocabulary_used"),
     "prepare": (
         "train_tokens",

@@ -242,6 +242,55 @@ def _aligned(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rlaif(stage: dict[str, Any]) -> dict[str, Any]:
+    if "pairs" not in stage:
+        return {}
+    told = [f"{stage['answers']} answers to {stage['questions']} questions"]
+    if "order_agreement" in stage:
+        told.append(f"{percent(stage['order_agreement'])} alike in both orders")
+    if "gold_agreement" in stage:
+        told.append(f"{percent(stage['gold_agreement'])} as the checker has it")
+    return {
+        "measure": "preferences made",
+        "after": stage["pairs"],
+        "verdict": f"ranked by {stage['ranked_by']}",
+        "state": GOOD,
+        "detail": ", ".join(told),
+    }
+
+
+def _kto(stage: dict[str, Any]) -> dict[str, Any]:
+    if "heldout_label_auc" not in stage:
+        return {"measure": "answers told apart, held-out", "verdict": "not measured"}
+    better = stage["heldout_label_auc"] > 0.5
+    return {
+        "measure": "answers told apart, held-out",
+        "after": stage["heldout_label_auc"],
+        "scale": (0.0, 1.0),
+        "chance": 0.5,
+        "verdict": "above chance" if better else "not above chance",
+        "detail": f"{stage['heldout_answers']} held-out answers, guessing gives 50%",
+    }
+
+
+def _measured_itself(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage that compared its policy with the start on held-out prompts; gold where these were questions."""
+    if "heldout_gold" not in stage:
+        return {"measure": "gold reward, held-out", "verdict": "not measured"}
+    told = [f"{stage['heldout_prompts']} questions", f"KL {stage['heldout_kl']:.2f} nats"]
+    told.append(f"{percent(stage['heldout_share_ended'])} ended")
+    return {
+        "measure": "gold reward, held-out",
+        "before": stage["heldout_gold_start"],
+        "before_interval": stage["heldout_gold_start_interval"],
+        "after": stage["heldout_gold"],
+        "interval": stage["heldout_gold_interval"],
+        "scale": (0.0, 1.0),
+        **_change(stage["heldout_gold_gain_interval"], stage["heldout_gold_gain"]),
+        "detail": ", ".join(told),
+    }
+
+
 def _evaluate(stage: dict[str, Any]) -> dict[str, Any]:
     models = stage.get("models", {})
     return {
@@ -261,9 +310,12 @@ def stage_rows(report: dict[str, Any]) -> list[StageRow]:
         "pretrain": lambda stage: _pretrain(stage, stages.get("prepare", {}).get("heldout_compression") or {}),
         "sft": _sft,
         "classify": _classify,
+        "rlaif": _rlaif,
         "reward": _reward,
         "dpo": _aligned,
         "ppo": _aligned,
+        "kto": _kto,
+        **dict.fromkeys(("grpo", "rloo", "best_of_n", "iterate"), _measured_itself),
         "evaluate": _evaluate,
     }
     return [

@@ -99,6 +99,17 @@ def set_up_process(
     return ProcessSetup(device, threads, threads_by, memory, chosen, precision_by, matmul_precision, compiled)
 
 
+def reset_libraries() -> None:
+    """Between two stages of one process: Accelerate keeps one global state, and the next may want another precision.
+
+    transformers' settings hold on to that state, so those of the next stage are made after this.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def set_up_stage(
     run: Any,
     precision: str,
