@@ -34,7 +34,7 @@ from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overri
 from hf_scratch_gpt.pretraining.dial import batch_tokens, muon_learning_rate
 
 # Widths are multiples of it. With 8, models 24 wide lay 3% above the line through those 16, 32, 48 and 64 wide.
-WIDTH_STEP = 16
+WIDTH_STEP = 8
 _MLP_STEP = 8
 COUNTS = ("non-embedding", "total")
 _MOST_WARMUP = 0.1  # share of a run's steps
