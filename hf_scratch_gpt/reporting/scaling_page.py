@@ -1,10 +1,13 @@
 """Know a model's loss before you pay for it: train a ladder of small models, predict a larger one's loss, check it.
 
-    scratch-gpt scaling recipes/quickstart/pretrain.yaml --sizes 49k 110k 200k 440k --budget 60
+    scratch-gpt scaling RECIPE --sizes 50k 110k 200k --budget 60
 
 RECIPE is a recipe of `pretrain`; further `--field value` change it. Every size is the recipe's model at another width,
-trained on the same number of tokens a parameter. The prediction is written to prediction.json before the check run
-starts, a model four times as large as the ladder's largest. The same command continues what was interrupted.
+trained on the same number of tokens a parameter, with the recipe's batch, warm-up and rates scaled down to it: what the
+recipe says of them holds for the check run. The prediction is written to prediction.json before the check run starts, a
+model four times as large as the ladder's largest. The same command continues what was interrupted. The prepared text
+should be long enough for the check run to read it once, and the held-out documents of other groups than those that are
+trained on (`prepare --group_column`).
 """
 
 import argparse
