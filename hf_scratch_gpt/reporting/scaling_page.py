@@ -3,8 +3,8 @@
     scratch-gpt scaling RECIPE --sizes 50k 110k 200k --budget 60
 
 RECIPE is a recipe of `pretrain`; further `--field value` change it. Every size is the recipe's model at another width,
-trained on the same number of tokens a parameter. The recipe's batch, warm-up and rates are the check run's, a model four
-times as large as the ladder's largest; the ladder's are scaled down from them. The prediction is written to
+trained on the same number of tokens a parameter. The recipe's batch, warm-up and rates are those of the check run, a
+model four times as large as the ladder's largest; the ladder's are scaled down from them. The prediction is written to
 prediction.json before the check run starts. The same command continues what was interrupted. The prepared text should
 be long enough for the check run to read it once, and what is held out of other groups than what is trained on
 (`prepare --group_column`).
