@@ -20,6 +20,8 @@ class CorpusArguments(StageArguments):
             `"python-docs"`.
         text_column (`str`, *optional*, defaults to `"text"`): Column of tables that holds the text.
         dataset_split (`str`, *optional*, defaults to `"train"`): Split of `datasets` ids.
+        group_column (`str`, *optional*): Column of tables that names what a document is part of, such as a project or
+            an author: all documents of a group go to the same split, so that what is held out is of other groups.
         heldout_fraction (`float`, *optional*, defaults to `0.03`): Share of the documents that is held out, chosen by
             a hash of `seed` and the document's group.
         filters (`list`, *optional*, defaults to control_characters, licence_headers, empty, exact_duplicates): Names
@@ -38,6 +40,10 @@ class CorpusArguments(StageArguments):
         metadata={"help": "Column of tables that holds the text; a number for .csv and .tsv without a header line."},
     )
     dataset_split: str = dataclasses.field(default="train", metadata={"help": "Split of data set ids."})
+    group_column: str = dataclasses.field(
+        default="",
+        metadata={"help": "Column of tables that names a group of documents, held out or trained on as a whole."},
+    )
     heldout_fraction: float = dataclasses.field(
         default=0.03, metadata={"help": "Share of documents held out; give tokenizer and prepare the same."}
     )
@@ -55,7 +61,8 @@ class CorpusArguments(StageArguments):
 
     def split_settings(self) -> dict[str, object]:
         """What decides which documents are held out."""
-        return {"seed": self.seed, "heldout_fraction": self.heldout_fraction}
+        grouped = {"group_column": self.group_column} if self.group_column else {}
+        return {"seed": self.seed, "heldout_fraction": self.heldout_fraction, **grouped}
 
     def cleaning_settings(self) -> CleaningSettings:
         """What decides which documents are left, and how they are changed."""
@@ -137,7 +144,7 @@ def read_chunks(
     here = begin
     for source_number in range(begin.source, len(arguments.sources)):
         source = arguments.sources[source_number]
-        parts = source_parts(source, arguments.text_column, arguments.dataset_split)
+        parts = source_parts(source, arguments.text_column, arguments.dataset_split, arguments.group_column)
         is_first = source_number == begin.source
         for part_number in range(begin.part if is_first else 0, len(parts)):
             first = begin.documents if is_first and part_number == begin.part else 0
@@ -184,7 +191,9 @@ class Corpus:
 
     def _read(self) -> Iterator[Document]:
         for source in self.arguments.sources:
-            yield from read_documents(source, self.arguments.text_column, self.arguments.dataset_split)
+            yield from read_documents(
+                source, self.arguments.text_column, self.arguments.dataset_split, self.arguments.group_column
+            )
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         for document in self.cleaner.clean(self._read()):

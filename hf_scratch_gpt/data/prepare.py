@@ -119,7 +119,7 @@ def _check_arguments(arguments: PrepareArguments) -> None:
         raise ValueError(
             f"{arguments.tokenizer_dir}: trained on {', '.join(sorted(shared))} with the split {metrics['split']}, "
             f"but this recipe has {arguments.split_settings()}, so held-out text would have trained the tokenizer; "
-            "give both stages the same seed and heldout_fraction"
+            "give both stages the same seed, heldout_fraction and group_column"
         )
 
 

@@ -75,9 +75,9 @@ def _read_text(path: Path, name: str, source: str, limit: int) -> Iterator[Docum
             yield Document(f"{name}#{number}", piece, source)
 
 
-def _text_of(row: dict[str, Any], column: str, origin: str) -> str:
+def _text_of(row: dict[str, Any], column: str, origin: str, setting: str = "text_column") -> str:
     if column not in row:
-        raise missing_column(column, row, origin)
+        raise missing_column(column, row, origin, setting)
     text = row[column]
     if text is None:
         return ""
@@ -86,10 +86,16 @@ def _text_of(row: dict[str, Any], column: str, origin: str) -> str:
     return text
 
 
-def _read_table(path: Path, name: str, source: str, text_column: str) -> Iterator[Document]:
+def _group_of(row: dict[str, Any], column: str, origin: str) -> str:
+    """The row's group; without a column, or where it is empty, the row stands alone."""
+    return _text_of(row, column, origin, "group_column") if column else ""
+
+
+def _read_table(path: Path, name: str, source: str, text_column: str, group_column: str) -> Iterator[Document]:
     for place, row in read_rows(path, header=not text_column.isdecimal()):
-        text = _text_of(row, text_column, f"{path}, {place}")
-        yield Document(f"{name}:{place.split()[1]}", text, source)
+        origin = f"{path}, {place}"
+        text, group = _text_of(row, text_column, origin), _group_of(row, group_column, origin)
+        yield Document(f"{name}:{place.split()[1]}", text, source, group)
 
 
 def _is_supported(path: Path) -> bool:
@@ -97,25 +103,25 @@ def _is_supported(path: Path) -> bool:
     return suffix in SUFFIXES and (suffix != ".parquet" or path.suffix.lower() == ".parquet")
 
 
-def _read_file(path: Path, name: str, source: str, text_column: str, limit: int) -> Iterator[Document]:
+def _read_file(path: Path, name: str, source: str, columns: tuple[str, str], limit: int) -> Iterator[Document]:
     if content_suffix(path) in TEXT_SUFFIXES:
         return _read_text(path, name, source, limit)
-    return _read_table(path, name, source, text_column)
+    return _read_table(path, name, source, *columns)
 
 
-def _file_part(path: Path, name: str, source: str, text_column: str, limit: int) -> Part:
-    return lambda first: islice(_read_file(path, name, source, text_column, limit), first, None)
+def _file_part(path: Path, name: str, source: str, columns: tuple[str, str], limit: int) -> Part:
+    return lambda first: islice(_read_file(path, name, source, columns, limit), first, None)
 
 
-def _single_file(path: Path, source: str, text_column: str) -> Part:
+def _single_file(path: Path, source: str, columns: tuple[str, str]) -> Part:
     if not _is_supported(path):
         raise ValueError(f"{path}: cannot read '{path.suffix}' files; supported are {_SUPPORTED}")
     share = path.stat().st_size // _DOCUMENTS_OF_A_SINGLE_FILE
     limit = min(max(share, _MIN_DOCUMENT_CHARACTERS), MAX_DOCUMENT_CHARACTERS)
-    return _file_part(path, path.name, source, text_column, limit)
+    return _file_part(path, path.name, source, columns, limit)
 
 
-def _folder_files(folder: Path, source: str, text_column: str) -> list[Part]:
+def _folder_files(folder: Path, source: str, columns: tuple[str, str]) -> list[Part]:
     """The supported files of `folder` and below in the order of their names; hidden ones are left out."""
     relative = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     visible = sorted(path for path in relative if not any(part.startswith(".") for part in path.parts))
@@ -129,12 +135,12 @@ def _folder_files(folder: Path, source: str, text_column: str) -> list[Part]:
         logger.warning("%s: ignoring %d files that are not text or tables: %s", folder, ignored.total(), listing)
     names = [f"{folder.name}/{path.as_posix()}" for path in paths]
     return [
-        _file_part(folder / path, name, source, text_column, MAX_DOCUMENT_CHARACTERS)
+        _file_part(folder / path, name, source, columns, MAX_DOCUMENT_CHARACTERS)
         for path, name in zip(paths, names, strict=True)
     ]
 
 
-def _read_data_set(source: str, text_column: str, split: str, first: int) -> Iterator[Document]:
+def _read_data_set(source: str, columns: tuple[str, str], split: str, first: int) -> Iterator[Document]:
     """Stream a data set by its id, `owner/name` or `owner/name:configuration`, from its row `first` on."""
     import datasets
 
@@ -142,9 +148,9 @@ def _read_data_set(source: str, text_column: str, split: str, first: int) -> Ite
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         for number, row in enumerate(rows.skip(first) if first else rows, start=first):
-            yield Document(
-                f"{source}:{number}", _text_of(row, text_column, f"data set {source}, row {number}"), source
-            )
+            origin = f"data set {source}, row {number}"
+            text, group = _text_of(row, columns[0], origin), _group_of(row, columns[1], origin)
+            yield Document(f"{source}:{number}", text, source, group)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise OSError(
             f"'{source}' is no local file or folder, and cannot be read as a data set id: {error}"
@@ -156,7 +162,9 @@ def _looks_like_a_path(source: str) -> bool:
     return path.is_absolute() or source.startswith((".", "~")) or _is_supported(path) or len(path.parts) > 2
 
 
-def source_parts(source: str, text_column: str = "text", dataset_split: str = "train") -> list[Part]:
+def source_parts(
+    source: str, text_column: str = "text", dataset_split: str = "train", group_column: str = ""
+) -> list[Part]:
     """The pieces of one source, in an order that depends on nothing but the source.
 
     Args: see `read_documents`.
@@ -167,7 +175,7 @@ def source_parts(source: str, text_column: str = "text", dataset_split: str = "t
     Raises:
         FileNotFoundError, ValueError: as `read_documents`, for what shows before the documents are read.
     """
-    path = Path(source).expanduser()
+    path, columns = Path(source).expanduser(), (text_column, group_column)
     if not source:
         raise FileNotFoundError("no such file or folder: ''")  # Path("") would be the current folder
     if source == PYTHON_DOCS:
@@ -175,17 +183,19 @@ def source_parts(source: str, text_column: str = "text", dataset_split: str = "t
 
         return [lambda first: islice(read_python_docs(), first, None)]
     if path.is_dir():
-        return _folder_files(path, source, text_column)
+        return _folder_files(path, source, columns)
     if path.is_file():
-        return [_single_file(path, source, text_column)]
+        return [_single_file(path, source, columns)]
     if _looks_like_a_path(source):
         raise FileNotFoundError(f"no such file or folder: '{source}'")
     if "/" not in source and nearest(source, [PYTHON_DOCS]):
         raise ValueError(f"unknown source '{source}'{nearest(source, [PYTHON_DOCS])}")
-    return [partial(_read_data_set, source, text_column, dataset_split)]
+    return [partial(_read_data_set, source, columns, dataset_split)]
 
 
-def read_documents(source: str, text_column: str = "text", dataset_split: str = "train") -> Iterator[Document]:
+def read_documents(
+    source: str, text_column: str = "text", dataset_split: str = "train", group_column: str = ""
+) -> Iterator[Document]:
     """Stream the documents of one source, in an order that depends on nothing but the source.
 
     Args:
@@ -195,6 +205,7 @@ def read_documents(source: str, text_column: str = "text", dataset_split: str = 
         text_column (`str`, *optional*, defaults to `"text"`): The column of a table that holds the text; a number,
             from 1, for a .csv or .tsv without a header line.
         dataset_split (`str`, *optional*, defaults to `"train"`): The split of a `datasets` id.
+        group_column (`str`, *optional*): The column of a table that names a document's group (see `Document`).
 
     Raises:
         FileNotFoundError: if a local source is missing.
@@ -202,7 +213,7 @@ def read_documents(source: str, text_column: str = "text", dataset_split: str = 
         ValueError: if the source is of no supported kind, not UTF-8, malformed, without the column, or empty.
     """
     empty = True
-    for part in source_parts(source, text_column, dataset_split):
+    for part in source_parts(source, text_column, dataset_split, group_column):
         for document in part(0):
             empty = empty and not document.text.strip()
             yield document

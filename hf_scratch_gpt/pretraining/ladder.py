@@ -11,6 +11,16 @@ rules that carry a learning rate from one size to another are derived for width:
 - Where AdamW trains only embedding, head and norms beside Muon, its rate goes as 1 / sqrt(width): muP wants an
   embedding's rate to stay and a head's to go as 1 / width, and of a tied matrix, which is both, the geometric mean is
   taken. nanochat scales by the same root (https://github.com/karpathy/nanochat).
+
+A ladder bends where its small models are trained worse than its large ones: by too long a warm-up, or by a batch and
+rates that suit the largest (Porian et al. 2024, https://arxiv.org/abs/2406.19146). The recipe is taken to be right for
+the check run, and the smaller models' runs are its shrunken image:
+
+- The batch goes as tokens^0.571 (Step Law, https://arxiv.org/abs/2503.04715), as in `hf_scratch_gpt.pretraining.dial`:
+  with one batch for all, the smallest models took a hundred steps where the largest took thousands.
+- Muon's rate goes with the batch as there. AdamW's does not: at a third of its batch, half of the rate that its
+  width's rule gives was 1.4% worse (width 32, a million tokens).
+- Warm-up takes the same share of the steps, and a tenth of them at most.
 """
 
 import dataclasses
@@ -21,9 +31,11 @@ import re
 from typing import Any
 
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments, parse_overrides
+from hf_scratch_gpt.pretraining.dial import batch_tokens, muon_learning_rate
 
-# Widths are multiples of it. With 8, models 24 wide lay 3% above the line through those 16, 32, 48 and 64 wide.
-WIDTH_STEP = 16
+# Widths are multiples of it. With heads of 6, models 24 wide lay 3% above the line through those 16, 32, 48 and 64
+# wide; with heads of 12 they are within the spread of two seeds.
+WIDTH_STEP = 8
 _MLP_STEP = 8
 COUNTS = ("non-embedding", "total")
 _MOST_WARMUP = 0.1  # share of a run's steps
@@ -127,20 +139,36 @@ class LadderShapes:
                 high = middle
         return min((self.rung(low), self.rung(high)), key=lambda rung: abs(math.log(rung.size(self.count) / size)))
 
-    def settings(self, rung: Rung, tokens: float, seed: int, output_dir: str) -> PretrainArguments:
+    def settings(
+        self, rung: Rung, tokens: float, seed: int, output_dir: str, most_tokens: float | None = None
+    ) -> PretrainArguments:
         """The recipe for `rung`, trained on about `tokens` tokens (whole optimizer steps).
 
         All are measured on the same documents: those that the recipe's own seed draws.
+
+        Args:
+            rung (`Rung`): The model.
+            tokens (`float`): What it is trained on.
+            seed (`int`): Of its weights and its data's order.
+            output_dir (`str`): Its run folder.
+            most_tokens (`float`, *optional*): Tokens of the run that the recipe's batch and rates are meant for;
+                `tokens` if not given.
         """
-        arguments = self.arguments
-        steps = steps_of(arguments, tokens)
+        arguments, most = self.arguments, most_tokens or tokens
+        batch_size, parts = scaled_batch(arguments, tokens / most if most else 1.0)
+        steps = steps_of(batch_size * arguments.context_length, tokens)
+        whole = steps_of(arguments.batch_size * arguments.context_length, most)
         return dataclasses.replace(
             arguments,
+            batch_size=batch_size,
+            gradient_accumulation_steps=parts,
             learning_rate=scaled_learning_rate(arguments, rung.width / self.config.hidden_size),
+            muon_learning_rate=scaled_muon_learning_rate(arguments, batch_size),
             model_overrides=json.loads(json.dumps(self.overrides(rung.width))),
             max_steps=steps,
             max_minutes=0.0,
-            warmup_steps=min(arguments.warmup_steps, int(_MOST_WARMUP * steps)),
+            tokens="",
+            warmup_steps=int(min(_MOST_WARMUP, arguments.warmup_steps / whole) * steps),
             evaluation_seed=evaluation_seed(arguments),
             evaluation_steps=0,
             sample_prompts=None,
@@ -158,12 +186,26 @@ def _multiple(number: float, step: int) -> int:
     return max(1, round(number / step)) * step
 
 
-def steps_of(arguments: PretrainArguments, tokens: float) -> int:
-    """Optimizer steps nearest to `tokens` tokens; at least one."""
-    return max(1, round(tokens / (arguments.batch_size * arguments.context_length)))
+def steps_of(batch: int, tokens: float) -> int:
+    """Optimizer steps of `batch` tokens nearest to `tokens` tokens; at least one."""
+    return max(1, round(tokens / batch))
+
+
+def scaled_batch(arguments: PretrainArguments, share: float) -> tuple[int, int]:
+    """A recipe's batch for a run of so small a share of the tokens: its windows, and the parts it is split in."""
+    at_once = -(-arguments.batch_size // arguments.gradient_accumulation_steps)
+    windows = max(1, round(arguments.batch_size * batch_tokens(share) / batch_tokens(1.0)))
+    parts = -(-windows // at_once)
+    return -(-windows // parts) * parts, parts
 
 
 def scaled_learning_rate(arguments: PretrainArguments, ratio: float) -> float:
     """AdamW's rate of a recipe for a model `ratio` times as wide; see the head of this file for the rules."""
     power = 1.0 if arguments.optimizer == "adamw" else 0.5
     return float(f"{arguments.learning_rate * ratio**-power:.6g}")
+
+
+def scaled_muon_learning_rate(arguments: PretrainArguments, batch_size: int) -> float:
+    """Muon's rate of a recipe for another batch, in windows."""
+    own, other = (muon_learning_rate(size * arguments.context_length) for size in (arguments.batch_size, batch_size))
+    return float(f"{arguments.muon_learning_rate * other / own:.6g}")

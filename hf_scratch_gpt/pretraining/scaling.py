@@ -1,17 +1,26 @@
-"""The scaling law of a ladder of small models: loss = a x size^-b, what it predicts of a bigger one, and how surely.
+"""The scaling law of a ladder of small models, what it predicts of a bigger one, and how surely.
 
-Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) found the law; GPT-4's report (https://arxiv.org/abs/2303.08774,
-section 3) predicted a model's loss by one before the model was trained. Every model of a ladder sees the same number
-of tokens a parameter, so that size alone varies. An irreducible loss E (Hoffmann et al. 2022,
-https://arxiv.org/abs/2203.15556) is left out: over the factor of ten or so that a short ladder spans, E and b trade
-against each other and the fit does not determine them. The price is a bias that grows with the distance, since the
-true curve bends towards E: hence no prediction beyond ten times the largest model, and always a check by a larger run.
+The law is a power law that is bounded by the loss of guessing: 1 / loss = 1 / (a x size^-b) + 1 / ceiling, the ceiling
+being that of an even guess among all tokens, ln(vocabulary) a token, which is known without training anything. Kaplan
+et al. 2020 (https://arxiv.org/abs/2001.08361) found the power law; GPT-4's report (https://arxiv.org/abs/2303.08774,
+section 3) predicted a model's loss by one before the model was trained. It cannot hold for the small models of a
+ladder, which are trained on few tokens: towards no size and no tokens their loss goes to the ceiling, not to infinity,
+so that in logarithms the curve is flat at first, and steepens. A straight line through its flat part predicts too high
+a loss. BENCHMARKS.md has the measurements. Where the loss is far below the ceiling, both laws are one; without a
+ceiling the fit is the plain power law.
+
+Every model of a ladder sees the same number of tokens a parameter, so that size alone varies. An irreducible loss E
+(Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) is left out: over the factor of ten or so that a short ladder
+spans, E and b trade against each other and the fit does not determine them. The price is a bias that grows with the
+distance, since the true curve bends towards E: hence no prediction beyond ten times the largest model, and always a
+check by a larger run.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +32,32 @@ _TAILS = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """loss = coefficient x size^-exponent.
+    """1 / loss = 1 / (coefficient x size^-exponent) + 1 / ceiling.
 
     Args:
-        coefficient (`float`): The loss of a model of one parameter, in the unit of the losses.
-        exponent (`float`): How fast the loss falls; ten times the size multiply it by 10^-exponent.
+        coefficient (`float`): What the power law alone gives for one parameter, in the unit of the losses.
+        exponent (`float`): How fast the loss falls where it is far below the ceiling; ten times the size multiply it
+            by 10^-exponent there.
+        ceiling (`float`, *optional*): The loss of an even guess among all tokens; none for the plain power law.
     """
 
     coefficient: float
     exponent: float
+    ceiling: float | None = None
 
     def loss(self, size: float) -> float:
         """The loss of a model of `size` parameters."""
-        return self.coefficient * size**-self.exponent
+        return float(bounded(self.coefficient * size**-self.exponent, self.ceiling))
+
+
+def bounded(power: Any, ceiling: float | None) -> Any:
+    """The loss that a power law's value (a number or an array) means under a ceiling."""
+    return power if ceiling is None else power / (1 + power / ceiling)
+
+
+def unbounded(loss: Any, ceiling: float | None) -> Any:
+    """The power law's value that a loss below the ceiling means: the inverse of `bounded`."""
+    return loss if ceiling is None else loss / (1 - loss / ceiling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +84,7 @@ class Prediction:
 
 
 class _Line:
-    """Least squares of log loss on log size, for many sets of losses (sets x runs) of the same sizes at once."""
+    """Least squares of the power law's log value on log size, for many sets of values (sets x runs) at once."""
 
     def __init__(self, log_sizes: np.ndarray, log_losses: np.ndarray):
         self.runs = len(log_sizes)
@@ -80,21 +102,29 @@ class _Line:
         return self.mean + self.slope * (log_size - self.middle)
 
     def new_run_factor(self, log_size: float) -> float:
-        """Standard error of a new run's log loss less the line there, in units of `deviation`."""
+        """Standard error of a new run's logarithm less the line there, in units of `deviation`."""
         return math.sqrt(1 + 1 / self.runs + (log_size - self.middle) ** 2 / self.spread)
 
 
-def fit_power_law(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """The power law through (size, loss) of each run: least squares in logarithms, every run the same weight.
+def fit_power_law(sizes: Sequence[float], losses: Sequence[float], ceiling: float | None = None) -> PowerLaw:
+    """The law through (size, loss) of each run: least squares in logarithms, every run the same weight.
+
+    Args:
+        sizes: Parameters of each run.
+        losses: Loss of each run.
+        ceiling (`float`, *optional*): The loss of an even guess, in the same unit; none for the plain power law.
 
     Raises:
-        ValueError: for fewer than three different sizes, or a size or loss that is not a positive number.
+        ValueError: for fewer than three different sizes, or a size or loss that is not a positive number, or a loss
+            that is no better than the ceiling.
     """
-    line = _Line(*_logarithms(sizes, losses))
-    return PowerLaw(coefficient=float(np.exp(line.at(0.0))), exponent=float(-line.slope))
+    line = _Line(*_logarithms(sizes, losses, ceiling))
+    return PowerLaw(coefficient=float(np.exp(line.at(0.0))), exponent=float(-line.slope), ceiling=ceiling)
 
 
-def _logarithms(sizes: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _logarithms(
+    sizes: Sequence[float], losses: Sequence[float], ceiling: float | None
+) -> tuple[np.ndarray, np.ndarray]:
     if len(sizes) != len(losses):
         raise ValueError(f"expected a loss for each size, found {len(sizes)} sizes and {len(losses)} losses")
     for name, values in (("size", sizes), ("loss", losses)):
@@ -105,7 +135,13 @@ def _logarithms(sizes: Sequence[float], losses: Sequence[float]) -> tuple[np.nda
         raise ValueError(
             f"the ladder has {len(set(sizes))} different sizes, expected at least {MIN_SIZES}: two points fit any law"
         )
-    return np.log(np.asarray(sizes, dtype=np.float64)), np.log(np.asarray(losses, dtype=np.float64))
+    if ceiling is not None and not max(losses) < ceiling:
+        raise ValueError(
+            f"a loss of the ladder is {max(losses):.4g}, no better than an even guess among all tokens "
+            f"({ceiling:.4g}): its model has learnt nothing; train it on more tokens or with another learning rate"
+        )
+    values = unbounded(np.asarray(losses, dtype=np.float64), ceiling)
+    return np.log(np.asarray(sizes, dtype=np.float64)), np.log(values)
 
 
 def check_extrapolation(largest: float, size: float) -> None:
@@ -123,7 +159,12 @@ def check_extrapolation(largest: float, size: float) -> None:
 
 
 def predict(
-    sizes: Sequence[float], losses: Sequence[float], size: float, seed: int = 0, resamples: int = _RESAMPLES
+    sizes: Sequence[float],
+    losses: Sequence[float],
+    size: float,
+    ceiling: float | None = None,
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
 ) -> Prediction:
     """Predict the loss of one run of a model of `size` parameters from the runs of a ladder.
 
@@ -135,15 +176,16 @@ def predict(
         sizes: Parameters of each run; runs of several seeds repeat theirs.
         losses: Loss of each run.
         size (`float`): Parameters of the model to predict.
+        ceiling (`float`, *optional*): The loss of an even guess, in the same unit; none for the plain power law.
         seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
         resamples (`int`, *optional*, defaults to `4000`): Resampled ladders.
 
     Raises:
         ValueError: as `fit_power_law` and `check_extrapolation`; or if the losses do not fall with size.
     """
-    log_sizes, log_losses = _logarithms(sizes, losses)
+    log_sizes, log_values = _logarithms(sizes, losses, ceiling)
     check_extrapolation(max(sizes), size)
-    law, line = fit_power_law(sizes, losses), _Line(log_sizes, log_losses)
+    law, line = fit_power_law(sizes, losses, ceiling), _Line(log_sizes, log_values)
     if law.exponent <= 0:
         raise ValueError(
             f"the ladder's losses do not fall with size (exponent {law.exponent:.3f}), so there is nothing to "
@@ -168,7 +210,14 @@ def predict(
         slope_factor,
     )
     return Prediction(
-        size, law.loss(size), math.exp(low), math.exp(high), -slope_high, -slope_low, size / max(sizes), law
+        size=size,
+        loss=law.loss(size),
+        low=bounded(math.exp(low), ceiling),
+        high=bounded(math.exp(high), ceiling),
+        exponent_low=-slope_high,
+        exponent_high=-slope_low,
+        extrapolation=size / max(sizes),
+        law=law,
     )
 
 
@@ -197,12 +246,14 @@ def rises(sizes: Sequence[float], losses: Sequence[float]) -> list[tuple[float, 
     return [(small, large) for small, large in itertools.pairwise(means) if means[large] >= means[small]]
 
 
-def deviation(sizes: Sequence[float], losses: Sequence[float]) -> float:
+def deviation(sizes: Sequence[float], losses: Sequence[float], ceiling: float | None = None) -> float:
     """Residual standard deviation of the law in log loss, which is about a run's relative deviation from it."""
-    return float(_Line(*_logarithms(sizes, losses)).deviation)
+    law = fit_power_law(sizes, losses, ceiling)
+    residuals = [math.log(loss / law.loss(size)) for size, loss in zip(sizes, losses, strict=True)]
+    return math.sqrt(math.fsum(value**2 for value in residuals) / (len(sizes) - 2))
 
 
-def backtest(sizes: Sequence[float], losses: Sequence[float]) -> float | None:
+def backtest(sizes: Sequence[float], losses: Sequence[float], ceiling: float | None = None) -> float | None:
     """Relative error of predicting the largest size's mean loss from the smaller ones; `None` if too few are left.
 
     It is measured before the larger model is trained, and shows a bend that no interval of the fit can.
@@ -211,5 +262,5 @@ def backtest(sizes: Sequence[float], losses: Sequence[float]) -> float | None:
     kept = [(size, loss) for size, loss in zip(sizes, losses, strict=True) if size != largest]
     if len({size for size, _ in kept}) < MIN_SIZES:
         return None
-    law = fit_power_law([size for size, _ in kept], [loss for _, loss in kept])
+    law = fit_power_law([size for size, _ in kept], [loss for _, loss in kept], ceiling)
     return law.loss(largest) / mean_losses(sizes, losses)[largest] - 1

@@ -17,7 +17,7 @@ from typing import Any
 from hf_scratch_gpt.pretraining import scaling
 from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.pretraining.compute import TOKENS_A_PARAMETER
-from hf_scratch_gpt.pretraining.ladder import LadderShapes, Rung, evaluation_seed, short_size, steps_of
+from hf_scratch_gpt.pretraining.ladder import LadderShapes, Rung, evaluation_seed, short_size
 from hf_scratch_gpt.runs import given_settings, read_json, read_metrics, write_json
 from hf_scratch_gpt.runs.folder import describe_inputs
 
@@ -104,6 +104,8 @@ class Ladder:
         self.heldout_tokens = sum(len(encode_text(self.dataset.tokenizer, text)) for text in texts)
         self.heldout_bytes = sum(len(text.encode("utf-8")) for text in texts)
         self.shapes = LadderShapes(request.arguments, self.dataset, request.count)
+        vocabulary = self.shapes.config.vocab_size
+        self.even_guess = math.log2(vocabulary) * self.heldout_tokens / self.heldout_bytes  # bits per byte
 
     def plan(self) -> dict[str, Any]:
         """What will be trained, from `plan.json` if that is of the same request; else chosen now and written."""
@@ -123,8 +125,8 @@ class Ladder:
             "count": self.request.count,
             "tokens_a_parameter": ratio,
             "seeds": [self.request.arguments.seed + number for number in range(runs)],
-            "ladder": [self._planned(entry, ratio, runs) for entry in kept],
-            "check": self._planned(check_timed, ratio, 1),
+            "ladder": [self._planned(entry, check_timed, ratio, runs) for entry in kept],
+            "check": self._planned(check_timed, check_timed, ratio, 1),
             "left_out": [entry.rung.size(self.request.count) for entry in left_out],
             "budget_minutes": self.request.minutes,
             "training_tokens": self.dataset.manifest["splits"]["train"]["tokens"],
@@ -160,7 +162,7 @@ class Ladder:
     def _time(self, rung: Rung) -> _Timed:
         from hf_scratch_gpt.pretraining.speed import measure_speed
 
-        settings = self.shapes.settings(rung, 0, self.request.arguments.seed, str(self.folder))
+        settings = self.shapes.settings(rung, 0, self.request.arguments.seed, str(self.folder))  # at the whole batch
         speed = measure_speed(settings, self.dataset)
         # Windows overlap by half and the model is measured untrained and trained: about four passes.
         fixed = _SECONDS_A_RUN + 4 * self.heldout_tokens / speed.measuring
@@ -190,18 +192,21 @@ class Ladder:
             ladder = ladder[:-1]
             check = self._time(self._check_rung([entry.rung for entry in ladder]))
 
-    def _planned(self, timed: _Timed, ratio: float, runs: int) -> dict[str, Any]:
+    def _planned(self, timed: _Timed, check: _Timed, ratio: float, runs: int) -> dict[str, Any]:
         rung, size = timed.rung, timed.rung.size(self.request.count)
+        most = ratio * check.rung.size(self.request.count)
+        settings = self.shapes.settings(rung, ratio * size, self.request.arguments.seed, str(self.folder), most)
         return {
             "width": rung.width,
             "size": size,
             "parameters": rung.parameters,
             "non_embedding": rung.size("non-embedding"),
-            "steps": steps_of(self.request.arguments, ratio * size),
+            "steps": settings.max_steps,
+            "batch_size": settings.batch_size,
             "expected_seconds": round(runs * timed.seconds(ratio), 1),
         }
 
-    def train(self, planned: dict[str, Any], seed: int, ratio: float, prefix: str = "") -> dict[str, Any]:
+    def train(self, plan: dict[str, Any], planned: dict[str, Any], seed: int, prefix: str = "") -> dict[str, Any]:
         """Train a model of the plan, or find it trained; returns what is known of the run."""
         import torch
 
@@ -211,7 +216,9 @@ class Ladder:
         rung = self.shapes.rung(planned["width"])
         folder = self.run_folder(planned, seed, prefix)
         torch.compiler.reset()  # compiled code of the model before is of no use, and there is a limit to it
-        settings = self.shapes.settings(rung, ratio * planned["size"], seed, str(folder))
+        ratio = plan["tokens_a_parameter"]
+        most = ratio * plan["check"]["size"]
+        settings = self.shapes.settings(rung, ratio * planned["size"], seed, str(folder), most)
         pretrain.run(settings)
         release_freed_memory()
         metrics = read_metrics(folder)["metrics"]
@@ -222,6 +229,7 @@ class Ladder:
             "folder": folder.name,
             "tokens": metrics["tokens"],
             "seconds": metrics["seconds"],
+            "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate,
             "bits_per_byte": bits,
             "nats_a_token": bits * self.nats_a_token,
@@ -243,7 +251,7 @@ class Ladder:
         If the check run has begun, the record says whether this very prediction was written before that.
         """
         path = self.folder / PREDICTION
-        told = make_prediction(plan, runs, self.request.target, self.nats_a_token)
+        told = make_prediction(plan, runs, self.request.target, self.even_guess, self.nats_a_token)
         check = self.run_folder(plan["check"], plan["seeds"][0], "check-")
         told["made_before_check"] = not check.exists()
         told["made_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -297,35 +305,53 @@ def _check(request: LadderRequest) -> None:
 
 
 def make_prediction(
-    plan: dict[str, Any], runs: list[dict[str, Any]], target: float | None, nats_a_token: float
+    plan: dict[str, Any], runs: list[dict[str, Any]], target: float | None, even_guess: float, nats_a_token: float
 ) -> dict[str, Any]:
     """What the runs of a ladder predict of its check run, as JSON has it; losses are bits per byte.
+
+    Args:
+        plan (`dict`), runs (`list[dict]`): What was planned and what came of it.
+        target (`float`, *optional*): Another size to predict.
+        even_guess (`float`): The loss of an even guess among all tokens, the law's ceiling.
+        nats_a_token (`float`): Nats a token of a bit a byte.
 
     Raises:
         ValueError: as `hf_scratch_gpt.pretraining.scaling.predict`.
     """
     sizes, losses = [run["size"] for run in runs], [run["bits_per_byte"] for run in runs]
-    check = scaling.predict(sizes, losses, plan["check"]["size"])
+    check = scaling.predict(sizes, losses, plan["check"]["size"], even_guess)
     warnings = [
         f"the ladder is not monotone: {short_size(large)} is no better than {short_size(small)}; its law is doubtful"
         for small, large in scaling.rises(sizes, losses)
     ]
     return {
         "check": _prediction(check, nats_a_token),
-        "target": None if target is None else _prediction(scaling.predict(sizes, losses, target), nats_a_token),
+        "target": None
+        if target is None
+        else _prediction(scaling.predict(sizes, losses, target, even_guess), nats_a_token),
         "law": {
             **dataclasses.asdict(check.law),
             "exponent_low": check.exponent_low,
             "exponent_high": check.exponent_high,
-            "deviation": scaling.deviation(sizes, losses),
+            "deviation": scaling.deviation(sizes, losses, even_guess),
             "deviation_by_count": {
-                name: scaling.deviation([run[field] for run in runs], losses)
+                name: scaling.deviation([run[field] for run in runs], losses, even_guess)
                 for name, field in (("non-embedding", "non_embedding"), ("total", "parameters"))
             },
-            "backtest": scaling.backtest(sizes, losses),
+            "backtest": scaling.backtest(sizes, losses, even_guess),
+            "without_ceiling": _without_ceiling(sizes, losses, plan["check"]["size"]),
         },
         "runs": len(runs),
         "warnings": warnings,
+    }
+
+
+def _without_ceiling(sizes: list[float], losses: list[float], size: float) -> dict[str, Any]:
+    """What the plain power law says, which bends where the small models' loss is near an even guess."""
+    return {
+        "bits_per_byte": scaling.fit_power_law(sizes, losses).loss(size),
+        "deviation": scaling.deviation(sizes, losses),
+        "backtest": scaling.backtest(sizes, losses),
     }
 
 

@@ -1,14 +1,16 @@
-"""The plot of a scaling ladder: loss over size, both axes logarithmic, so that a power law is a straight line."""
+"""The plot of a scaling ladder: loss over size, both axes logarithmic, where a plain power law is a straight line."""
 
 import math
 from html import escape
 from typing import Any
 
 from hf_scratch_gpt.pretraining.ladder import short_size
+from hf_scratch_gpt.pretraining.scaling import PowerLaw
 from hf_scratch_gpt.reporting.charts import nice_ticks
 
 _WIDTH, _HEIGHT = 760, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 18, 50
+_CURVE = 24  # pieces of the law's curve
 _MARGIN = 0.06  # of each axis's length, beyond the outermost points
 
 
@@ -59,7 +61,8 @@ def law_chart(record: dict[str, Any]) -> str:
         record (`dict`): The content of `scaling.json`.
     """
     runs, check, prediction = record["runs"], record["check"], record["prediction"]
-    law, predicted = prediction["law"], [prediction["check"], prediction["target"]]
+    law = PowerLaw(*(prediction["law"][name] for name in ("coefficient", "exponent", "ceiling")))
+    predicted = [prediction["check"], prediction["target"]]
     predicted = [told for told in predicted if told is not None]
     sizes = [run["size"] for run in [*runs, *predicted]]
     losses = [run["bits_per_byte"] for run in [*runs, check]]
@@ -68,8 +71,8 @@ def law_chart(record: dict[str, Any]) -> str:
     largest = max(run["size"] for run in runs)
 
     def law_path(begin: float, end: float) -> str:
-        ends = [(size, law["coefficient"] * size ** -law["exponent"]) for size in (begin, end)]
-        return "M" + "L".join(f"{axes.x(size):.1f},{axes.y(loss):.1f}" for size, loss in ends)
+        sizes = [begin * (end / begin) ** (number / _CURVE) for number in range(_CURVE + 1)]
+        return "M" + "L".join(f"{axes.x(size):.1f},{axes.y(law.loss(size)):.1f}" for size in sizes)
 
     parts = [
         axes.svg(sorted(set(sizes)), "bits per byte", f"{record['plan']['count']} parameters"),

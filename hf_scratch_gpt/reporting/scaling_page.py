@@ -1,10 +1,13 @@
 """Know a model's loss before you pay for it: train a ladder of small models, predict a larger one's loss, check it.
 
-    scratch-gpt scaling recipes/quickstart/pretrain.yaml --sizes 49k 110k 200k 440k --budget 60
+    scratch-gpt scaling RECIPE --sizes 50k 110k 200k --budget 60
 
 RECIPE is a recipe of `pretrain`; further `--field value` change it. Every size is the recipe's model at another width,
-trained on the same number of tokens a parameter. The prediction is written to prediction.json before the check run
-starts, a model four times as large as the ladder's largest. The same command continues what was interrupted.
+trained on the same number of tokens a parameter. The recipe's batch, warm-up and rates are those of the check run, a
+model four times as large as the ladder's largest; the ladder's are scaled down from them. The prediction is written to
+prediction.json before the check run starts. The same command continues what was interrupted. The prepared text should
+be long enough for the check run to read it once, and what is held out of other groups than what is trained on
+(`prepare --group_column`).
 """
 
 import argparse
@@ -18,11 +21,13 @@ from hf_scratch_gpt.runs.command_line import CommandParser
 
 PAGE = "scaling.html"
 _FOLDER = "scaling"
+_LEAST_STEPS = 200
+_LEAST_SPAN = 2.5
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """What will be trained, and how long that takes, as lines for the terminal."""
-    ratio, tokens = plan["tokens_a_parameter"], plan["training_tokens"]
+    ratio = plan["tokens_a_parameter"]
     lines = [
         f"scaling: {ratio:g} tokens a {plan['count']} parameter, seeds {', '.join(map(str, plan['seeds']))}",
         f"  {'':7}{plan['count'] + ' parameters':>25}{'all':>12}{'width':>7}{'steps':>8}{'expected':>11}",
@@ -38,13 +43,31 @@ def plan_text(plan: dict[str, Any]) -> str:
     lines.append(f"  about {total:.1f} minutes{budget}, by speeds measured just now or when this was planned")
     if plan["left_out"]:
         lines.append(f"  left out, as they do not fit: {', '.join(short_size(size) for size in plan['left_out'])}")
-    epochs = ratio * plan["check"]["size"] / tokens
-    if epochs > 4:  # Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264: up to four epochs are almost as good
-        lines.append(
-            f"  warning: the check run sees its {tokens:,} tokens of text {epochs:.1f} times; repeating text "
-            "more than four times bends the law upwards"
+    return "\n".join([*lines, *(f"  warning: {text}" for text in plan_warnings(plan))])
+
+
+def plan_warnings(plan: dict[str, Any]) -> list[str]:
+    """What of a plan makes its law doubtful, before anything is trained."""
+    warnings = []
+    sizes, tokens = [entry["size"] for entry in plan["ladder"]], plan["training_tokens"]
+    epochs = plan["tokens_a_parameter"] * plan["check"]["size"] / tokens
+    if epochs > 1:  # the smaller models see a part of the text once: what a repetition does is outside their law
+        warnings.append(
+            f"the check run sees its {tokens:,} tokens of text {epochs:.1f} times, and the ladder does not know what "
+            "repetition does; prepare more text or take fewer tokens a parameter"
         )
-    return "\n".join(lines)
+    short = plan["ladder"][0]["steps"]
+    if short < _LEAST_STEPS:
+        warnings.append(
+            f"the smallest model takes {short:,} optimizer steps, fewer than {_LEAST_STEPS}: it is hardly trained, "
+            "and lies above its law; take more tokens a parameter, a smaller batch or larger sizes"
+        )
+    if max(sizes) < _LEAST_SPAN * min(sizes):
+        warnings.append(
+            f"the ladder's largest model has {max(sizes) / min(sizes):.1f} times the parameters of its smallest, less "
+            f"than {_LEAST_SPAN:g}: the exponent is uncertain; take sizes that are further apart"
+        )
+    return warnings
 
 
 def run_text(run: dict[str, Any]) -> str:
@@ -59,11 +82,17 @@ def prediction_text(prediction: dict[str, Any], path: Path) -> str:
     """The law and what it predicts, as lines."""
     law, check, target = prediction["law"], prediction["check"], prediction["target"]
     lines = [
-        f"law: {law['coefficient']:.4g} x N^-{law['exponent']:.4f} (exponent 95% {law['exponent_low']:.4f} to "
-        f"{law['exponent_high']:.4f}), a run deviates by {law['deviation']:.2%}",
+        f"law: 1 / loss = 1 / ({law['coefficient']:.4g} x N^-{law['exponent']:.4f}) + 1 / {law['ceiling']:.4f}",
+        f"  exponent 95% {law['exponent_low']:.4f} to {law['exponent_high']:.4f}; a run deviates by "
+        f"{law['deviation']:.2%}",
     ]
     if law["backtest"] is not None:
         lines.append(f"  the smaller sizes alone miss the ladder's largest by {law['backtest']:+.2%}")
+    plain = law["without_ceiling"]
+    lines.append(
+        f"  the plain power law would predict {plain['bits_per_byte']:.4f}; from it a run deviates by "
+        f"{plain['deviation']:.2%}"
+    )
     lines += [f"  warning: {text}" for text in prediction["warnings"]]
     lines.append(_predicted("prediction", check))
     if target is not None:
@@ -92,12 +121,14 @@ def outcome_text(record: dict[str, Any]) -> str:
 
 def make_page(folder: Path, record: dict[str, Any]) -> str:
     """The page as text, from the content of `scaling.json`."""
+    from hf_scratch_gpt.pretraining.scaling import PowerLaw
     from hf_scratch_gpt.reporting.html import page_environment
 
+    law = PowerLaw(*(record["prediction"]["law"][name] for name in ("coefficient", "exponent", "ceiling")))
     return (
         page_environment()
         .get_template("scaling.html.jinja")
-        .render(folder=folder, record=record, chart=law_chart(record), short_size=short_size)
+        .render(folder=folder, record=record, chart=law_chart(record), law_loss=law.loss, short_size=short_size)
     )
 
 
@@ -193,14 +224,14 @@ def main(arguments: Sequence[str]) -> int:
     ladder = Ladder(request)
     plan = ladder.plan()
     print(plan_text(plan), flush=True)
-    ratio, runs = plan["tokens_a_parameter"], []
+    runs = []
     for entry in plan["ladder"]:
         for seed in plan["seeds"]:
-            runs.append(ladder.train(entry, seed, ratio))
+            runs.append(ladder.train(plan, entry, seed))
             print(run_text(runs[-1]), flush=True)
     prediction = ladder.predict(plan, runs)
     print(prediction_text(prediction, ladder.folder / PREDICTION), flush=True)
-    check = ladder.train(plan["check"], plan["seeds"][0], ratio, prefix="check-")
+    check = ladder.train(plan, plan["check"], plan["seeds"][0], prefix="check-")
     record = ladder.finish(plan, runs, prediction, check)
     print(outcome_text(record))
     print(f"page: {write_text(ladder.folder / PAGE, make_page(ladder.folder, record))}")

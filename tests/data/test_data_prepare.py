@@ -110,8 +110,20 @@ def test_a_text_of_one_byte_has_its_compression_too():
     assert prepare.compression(b"a")["bytes"] == 1
 
 
+def test_a_group_is_held_out_or_trained_on_as_a_whole(tmp_path, tokenizer_folder):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"fox {row} of project {row % 20}", "project": f"p{row % 20}"} for row in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"group_column": "project", "heldout_fraction": 0.3}
+    folder = prepare.run(arguments(tmp_path / "prepare", path, tokenizer_folder, **settings))
+    groups = {split: {text.split()[-1] for text in documents_in(folder, split)} for split in ("train", "heldout")}
+    assert groups["train"] | groups["heldout"] == {str(number) for number in range(20)}
+    assert len(groups["heldout"]) > 1
+    assert not groups["train"] & groups["heldout"]
+
+
 def test_another_split_than_the_tokenizers_is_refused(tmp_path, text, tokenizer_folder):
-    for changed in ({"seed": 1}, {"heldout_fraction": 0.2}):
+    for changed in ({"seed": 1}, {"heldout_fraction": 0.2}, {"group_column": "text"}):
         with pytest.raises(ValueError, match="held-out text would have trained the tokenizer"):
             prepare.run(arguments(tmp_path / "prepare", text, tokenizer_folder, **changed))
     other = tmp_path / "other.jsonl"

@@ -221,3 +221,14 @@ def test_a_relative_path_does_not_show_in_the_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("hello")
     assert [document.id for document in read_documents("t.txt")] == ["t.txt"]
+
+
+def test_a_group_column_names_the_group_of_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"text": "one", "project": "a"}\n{"text": "two", "project": "a"}\n{"text": "six", "project": null}\n'
+    )
+    documents = list(read_documents(str(path), group_column="project"))
+    assert [document.split_group for document in documents] == ["a", "a", documents[2].id]
+    with pytest.raises(ValueError, match=r"line 1.*'owner'.*group_column"):
+        texts(path, group_column="owner")

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from hf_scratch_gpt.pretraining.ladder import LadderShapes, Rung, parse_size, scaled_learning_rate, short_size
+from hf_scratch_gpt.pretraining.ladder import (
+    LadderShapes,
+    Rung,
+    parse_size,
+    scaled_batch,
+    scaled_learning_rate,
+    short_size,
+)
 from hf_scratch_gpt.pretraining.scaling_run import Ladder, LadderRequest, _Timed
 from hf_scratch_gpt.pretraining.setup import load_dataset
 
@@ -50,7 +57,7 @@ def test_parameters_are_counted_by_hand(shapes):
 
 
 def test_the_nearest_rung_is_the_nearest_of_all_widths(shapes):
-    rungs = [shapes.rung(width) for width in range(16, 200, 16)]
+    rungs = [shapes.rung(width) for width in range(8, 200, 8)]
     for size in (100, 5_000, 17_000, 60_000, 200_000):
         distances = [max(rung.size("non-embedding") / size, size / rung.size("non-embedding")) for rung in rungs]
         assert shapes.nearest(size) == rungs[distances.index(min(distances))]
@@ -61,6 +68,28 @@ def test_rates_follow_their_rules(make_arguments):
     assert scaled_learning_rate(muon, 1 / 4) == pytest.approx(0.02)
     assert scaled_learning_rate(adamw, 1 / 4) == pytest.approx(0.04)
     assert scaled_learning_rate(muon, 1) == scaled_learning_rate(adamw, 1) == 0.01
+
+
+def test_a_smaller_run_is_the_recipes_run_shrunken(make_arguments, prepared_folder):
+    arguments = make_arguments(batch_size=16, gradient_accumulation_steps=2, warmup_steps=20, muon_learning_rate=0.01)
+    shapes = LadderShapes(arguments, load_dataset(prepared_folder, 32), "total")
+    most = 16 * 32 * 400
+    whole = shapes.settings(shapes.recipe_rung, most, 1, "elsewhere", most)
+    assert (whole.batch_size, whole.gradient_accumulation_steps, whole.max_steps, whole.warmup_steps) == (
+        16,
+        2,
+        400,
+        20,
+    )
+    assert whole.muon_learning_rate == 0.01
+    small = shapes.settings(shapes.rung(16), most / 16, 1, "elsewhere", most)
+    assert small.batch_size == 3  # 16 x (1 / 16)^0.571 is 3.3
+    assert small.gradient_accumulation_steps == 1
+    assert small.max_steps == round(most / 16 / (3 * 32))
+    assert small.warmup_steps == small.max_steps // 20  # a twentieth of the steps, as in the whole run
+    assert small.muon_learning_rate == pytest.approx(0.01 * (3 / 16) ** 0.5, rel=1e-5)
+    assert small.learning_rate == pytest.approx(arguments.learning_rate * 2**0.5, rel=1e-5)
+    assert scaled_batch(arguments, 0.9) == (16, 2)  # 15.07, in parts of no more than the recipe's 8
 
 
 def test_the_recipes_own_width_is_trained_by_the_recipes_own_rates(shapes):

@@ -143,10 +143,11 @@ def test_mistakes_are_one_line(recipe, tmp_path, capsys, flags, message):
 
 def _record() -> dict:
     size = {"width": 8, "parameters": 5000, "non_embedding": 1000, "size": 1000}
-    run = {**size, "seed": 1, "folder": "<b>", "tokens": 100, "seconds": 1.0, "learning_rate": 0.1}
+    run = {**size, "seed": 1, "folder": "<b>", "tokens": 100, "seconds": 1.0, "learning_rate": 0.1, "batch_size": 4}
     run |= {"bits_per_byte": 2.0, "nats_a_token": 4.0, "skipped_updates": 0}
     told = {"size": 4000, "bits_per_byte": 1.8, "low": 1.7, "high": 1.9, "nats_a_token": 3.6, "extrapolation": 4.0}
     law = {"coefficient": 4.0, "exponent": 0.1, "exponent_low": 0.09, "exponent_high": 0.11, "backtest": None}
+    law |= {"ceiling": 5.0, "without_ceiling": {"bits_per_byte": 1.9, "deviation": 0.01, "backtest": None}}
     plan = {"count": "total", "tokens_a_parameter": 20.0, "seeds": [1], "ladder": [size], "check": size}
     prediction = {"check": told, "target": None, "law": law, "warnings": ["a & b"], "made_before_check": True}
     check = {**run, "size": 4000}
@@ -168,10 +169,15 @@ def test_the_page_escapes_text_and_tells_what_it_was_given():
     assert "outside the interval" in page
 
 
-def test_a_text_that_is_read_too_often_is_warned_of():
+def test_what_makes_a_law_doubtful_is_said_before_anything_is_trained():
     plan = {"count": "total", "tokens_a_parameter": 20.0, "seeds": [1], "budget_minutes": None, "left_out": [9000]}
-    entry = {"size": 1000, "parameters": 1000, "width": 8, "steps": 5, "expected_seconds": 3.0}
-    plan |= {"ladder": [entry], "check": {**entry, "size": 4000}}
-    assert "5.0 times" in plan_text({**plan, "training_tokens": 16_000})
-    assert "warning" not in plan_text({**plan, "training_tokens": 20_000})
-    assert "left out, as they do not fit: 9k" in plan_text({**plan, "training_tokens": 20_000})
+    entry = {"size": 1000, "parameters": 1000, "width": 8, "steps": 200, "expected_seconds": 3.0}
+    plan |= {"ladder": [entry, {**entry, "size": 2500}], "check": {**entry, "size": 10_000}}
+    plan["training_tokens"] = 200_000
+    assert "warning" not in plan_text(plan)
+    assert "left out, as they do not fit: 9k" in plan_text(plan)
+    assert "200,000 tokens of text 1.1 times" in plan_text({**plan, "check": {**entry, "size": 11_000}})
+    short = [{**entry, "steps": 199}, plan["ladder"][1]]
+    assert "takes 199 optimizer steps, fewer than 200" in plan_text({**plan, "ladder": short})
+    narrow = [entry, {**entry, "size": 2400}]
+    assert "2.4 times the parameters of its smallest" in plan_text({**plan, "ladder": narrow})
