@@ -1,6 +1,6 @@
 """Runs PPO in groups of real processes over gloo, one group after the other, with the imports paid once.
 
-    python tests/alignment/ppo_processes.py FOLDER
+    python tests/alignment/ppo_processes.py FOLDER [JOB ...]
 
 Each process of each job writes what it ended with to `FOLDER/<job>.<rank>.json` and `.safetensors`.
 """
@@ -100,7 +100,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    for job in jobs_of(folder):
+    wanted = sys.argv[2:]  # names, to run only some
+    for job in (job for job in jobs_of(folder) if not wanted or job["name"] in wanted):
         port, children = free_port(), []
         for rank in range(job["processes"]):
             child = os.fork()
