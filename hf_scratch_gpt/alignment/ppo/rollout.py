@@ -66,4 +66,5 @@ class Rollout:
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Rollout":
         """Read what `save` wrote."""
-        return cls(**load_file(path, device=str(device)))
+        # On the CPU first: with two processes accelerate names it "cpu:0", which safetensors does not know.
+        return cls(**{name: tensor.to(device) for name, tensor in load_file(path).items()})
