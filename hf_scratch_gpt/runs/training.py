@@ -1,7 +1,7 @@
 """What each transformers `Trainer` of ours shares: the curve, one progress bar, verified checkpoints, signals."""
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ def progress_bar(stage: str, total: int, done: int = 0) -> Any:
 _STEPS_BETWEEN_RELEASES = 50
 
 
+class AlreadyTrained(Exception):
+    """A resumed `Trainer` stands at its last step: it was killed between its last checkpoint and its end.
+
+    transformers asks only after a step whether it was the last, so that it would take one more.
+    """
+
+
 class RunCallback(TrainerCallback):
     """Ties a `Trainer` to a `StageRun`: curve, progress bar, a manifest for each checkpoint, stop on a signal."""
 
@@ -55,6 +62,8 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.bar = progress_bar(self.run.stage, state.max_steps, state.global_step)
         self._mark = (time.monotonic(), float(state.num_input_tokens_seen))
+        if state.global_step >= state.max_steps > 0:
+            raise AlreadyTrained
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % _STEPS_BETWEEN_RELEASES == 0:
@@ -104,6 +113,9 @@ def train(trainer: Any, run: StageRun) -> Any:
 
     The trainer's `args.output_dir` must be `run.checkpoints`.
 
+    Returns:
+        What `trainer.train()` does; nothing where that checkpoint is of the last step.
+
     Raises:
         Interrupted: if a signal stopped it; a checkpoint of the last step is saved.
     """
@@ -116,7 +128,9 @@ def train(trainer: Any, run: StageRun) -> Any:
     run.truncate_curve(step_of(checkpoint) if checkpoint else 0)
     with StopRequest() as stop, closing(RunCallback(run, stop)) as callback:
         trainer.add_callback(callback)
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = None
+        with suppress(AlreadyTrained):
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"{run.folder}: stopped by {stop.requested} at step {trainer.state.global_step}")
     return result

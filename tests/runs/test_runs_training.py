@@ -115,6 +115,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_to_identical_weights(tmp_
     assert_same(run_training(tmp_path / "run"), uninterrupted)
 
 
+def test_a_run_killed_after_its_last_step_takes_no_step_more(tmp_path, uninterrupted):
+    """Its last step is in the middle of an epoch, where a Trainer that resumes there would take another."""
+    first = run_training(tmp_path / "run")
+    assert_same(run_training(tmp_path / "run"), uninterrupted)
+    assert_same(first, uninterrupted)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, uninterrupted, caplog, name):
     with pytest.raises(Killed):

@@ -310,10 +310,11 @@ class PPOTrainer(EpisodeCollection, Trainer):
             resume_from_checkpoint = str(found)
         if self.args.save_total_limit == 1:  # the older one goes before the newer one has its manifest
             self.args.save_total_limit = 2
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.args.should_save:
-            self.records.write_rollouts(Path(self.args.output_dir) / ROLLOUTS_FILE)
-        return result
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # also where nothing is left to train
+            if self.args.should_save:
+                self.records.write_rollouts(Path(self.args.output_dir) / ROLLOUTS_FILE)
 
     # ---- Checkpoints: the policy or its adapter at the root, the critic in value_model/, and the rollout in use
 
