@@ -16,10 +16,10 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from hf_scratch_gpt.cli import STAGES
-from hf_scratch_gpt.pipeline import _reset_libraries
 from hf_scratch_gpt.reporting.card_settings import CARD_SETTINGS, load_settings, read_settings
 from hf_scratch_gpt.runs import parse_arguments, read_metrics
 from hf_scratch_gpt.runs.arguments import read_recipe
+from hf_scratch_gpt.runs.process import reset_libraries
 from hf_scratch_gpt.runs.values import nearest
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
@@ -98,7 +98,7 @@ class Road:
         """The finished folder of a recipe."""
         if path not in self.done:
             values = self.shrunk(path)  # runs those before it
-            _reset_libraries()  # before transformers' settings take hold of the global state
+            reset_libraries()  # before transformers' settings take hold of the global state
             module, arguments = arguments_of(path, values, self.folder)
             self.done[path] = module.run(arguments)
         return self.done[path]
