@@ -32,7 +32,7 @@ from hf_scratch_gpt.finetuning.arguments import make_lora_config, trainer_argume
 from hf_scratch_gpt.finetuning.models import check_model_source, context_length, load_model, load_tokenizer
 from hf_scratch_gpt.finetuning.sft import ConversationTrainer, SFTArguments
 from hf_scratch_gpt.finetuning.tokenise import conversation_encoder, tokenise
-from hf_scratch_gpt.finetuning.trainers import train_and_save
+from hf_scratch_gpt.finetuning.trainers import run_stage, train_and_save
 from hf_scratch_gpt.runs import StageRun, write_text
 
 CHOSEN_FILE = "best_of_n.jsonl"
@@ -75,11 +75,7 @@ def run(arguments: BestOfNArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "best_of_n") as stage_run:
-        if not stage_run.finished:
-            _choose_and_tune(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "best_of_n", _choose_and_tune)
 
 
 def _choose_and_tune(arguments: BestOfNArguments, stage_run: StageRun) -> None:

@@ -28,7 +28,7 @@ from hf_scratch_gpt.finetuning._compat import score_only_trained_positions, unpa
 from hf_scratch_gpt.finetuning.arguments import TuningArguments, make_lora_config, trainer_arguments
 from hf_scratch_gpt.finetuning.models import context_length, load_model, load_tokenizer
 from hf_scratch_gpt.finetuning.tokenise import AnswerEncoder, Examples, load_examples, preference_encoder, tokenise
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, run_stage, train_and_save
 from hf_scratch_gpt.runs import StageRun
 
 logger = logging.getLogger(__name__)
@@ -115,11 +115,7 @@ def run(arguments: KTOArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "kto") as stage_run:
-        if not stage_run.finished:
-            _align(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "kto", _align)
 
 
 def _align(arguments: KTOArguments, stage_run: StageRun) -> None:

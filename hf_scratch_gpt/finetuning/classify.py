@@ -27,7 +27,7 @@ from hf_scratch_gpt.finetuning.classifier_inputs import (
 )
 from hf_scratch_gpt.finetuning.models import align_tokens, check_model_source, load_model
 from hf_scratch_gpt.finetuning.scoring import pad_rows
-from hf_scratch_gpt.finetuning.trainers import LengthGrouping, train_and_save
+from hf_scratch_gpt.finetuning.trainers import LengthGrouping, run_stage, train_and_save
 from hf_scratch_gpt.runs import StageRun, write_text
 from hf_scratch_gpt.runs.loading import check_tokens_fit, loading
 from hf_scratch_gpt.runs.values import nearest
@@ -194,11 +194,7 @@ def run(arguments: ClassifyArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "classify") as stage_run:
-        if not stage_run.finished:
-            _train_classifier(arguments, stage_run)
-        return stage_run.folder
+    return run_stage(arguments, "classify", _train_classifier)
 
 
 def _train_classifier(arguments: ClassifyArguments, stage_run: StageRun) -> None:
