@@ -49,7 +49,7 @@ from hf_scratch_gpt.alignment.ppo.rollout import Rollout
 from hf_scratch_gpt.alignment.ppo.sampling import SamplingRule
 from hf_scratch_gpt.alignment.ppo.schedule import Schedule
 from hf_scratch_gpt.runs.checkpoints import MANIFEST, newest_checkpoint, write_manifest
-from hf_scratch_gpt.runs.training import RunCallback
+from hf_scratch_gpt.runs.training import AlreadyTrained, RunCallback
 
 logger = logging.getLogger(__name__)
 
@@ -311,10 +311,16 @@ class PPOTrainer(EpisodeCollection, Trainer):
         if self.args.save_total_limit == 1:  # the older one goes before the newer one has its manifest
             self.args.save_total_limit = 2
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:  # also where nothing is left to train
-            if self.args.should_save:
-                self.records.write_rollouts(Path(self.args.output_dir) / ROLLOUTS_FILE)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except AlreadyTrained:
+            self._write_rollouts()
+            raise
+        self._write_rollouts()
+        return result
+
+    def _write_rollouts(self) -> None:
+        if self.args.should_save:
+            self.records.write_rollouts(Path(self.args.output_dir) / ROLLOUTS_FILE)
 
     # ---- Checkpoints: the policy or its adapter at the root, the critic in value_model/, and the rollout in use
 
