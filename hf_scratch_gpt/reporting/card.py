@@ -38,7 +38,12 @@ _WHAT = {
     "reward": "A reward model: it gives one score to a conversation, higher for answers like the preferred ones.",
     "dpo": "A language model aligned by direct preference optimisation.",
     "ppo": "A language model aligned by PPO against a learnt reward model, and a checker where one has a weight.",
+    "kto": "A language model aligned by KTO, from answers that are each good or bad.",
+    "grpo": "A language model aligned by GRPO: each sampled answer is judged beside the others to its question.",
+    "rloo": "A language model aligned by RLOO: each sampled answer is judged beside the others to its question.",
+    "best_of_n": "A language model tuned on the best of several answers of its own.",
 }
+_ROUNDS = "iterate"
 
 
 def _find_evaluation(lineage: Lineage, given: str | Path | None) -> Run | None:
@@ -138,6 +143,10 @@ def make_card(folder: str | Path, settings: CardSettings, evaluation: str | Path
     lineage = Lineage(folder)
     if lineage.run.stage not in TASKS:
         models = ", ".join(name for name in TASKS if name != "masked")
+        if lineage.run.stage == _ROUNDS:
+            raise ValueError(
+                f"{folder}: holds a copy of its last round's model; a card is of that round's own folder, round-N/ppo"
+            )
         raise ValueError(f"{folder}: of the stage '{lineage.run.stage}', which makes no model; a card is of {models}")
     check_unchanged(lineage.run)
     found = _find_evaluation(lineage, evaluation)

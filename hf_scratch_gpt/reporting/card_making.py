@@ -20,6 +20,11 @@ _DEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "reward": (("steps", "steps"), ("pairs", "pairs")),
     "dpo": (("steps", "steps"), ("pairs", "pairs")),
     "ppo": (("steps", "steps"), ("episodes", "answers sampled and scored")),
+    "kto": (("steps", "steps"), ("answers", "answers labelled good or bad")),
+    "grpo": (("steps", "steps"), ("episodes", "answers sampled and scored")),
+    "rloo": (("steps", "steps"), ("episodes", "answers sampled and scored")),
+    "best_of_n": (("steps", "steps"), ("answers", "answers sampled"), ("chosen", "of them chosen")),
+    "rlaif": (("answers", "answers sampled and ranked"), ("pairs", "pairs")),
 }
 _ENERGY = ("energy", "kilowatt_hours")
 _DATA_FIELDS = ("sources", "stream", "dataset", "eval_dataset")

@@ -7,6 +7,7 @@ from hf_scratch_gpt.reporting.card_making import tasks_of
 from hf_scratch_gpt.reporting.ledger import Ledger, look_up
 from hf_scratch_gpt.reporting.lineage import Lineage, Run, last_part
 
+ALIGNED = ("dpo", "ppo", "kto", "grpo", "rloo", "best_of_n")
 _SHARE = "{:.3f}"
 # What each stage measures itself: key of its metrics (its interval is `KEY_interval`), label, key and unit of the
 # sample's size, and the key of the same before training.
@@ -331,7 +332,7 @@ def _reward_remark(run: Run, lineage: Lineage, ledger: Ledger) -> str:
 
 def required_evaluation(stage: str) -> bool:
     """Whether a card of this stage's model needs the stage `evaluate`: it alone measures these models' answers."""
-    return stage in ("sft", "dpo", "ppo")
+    return stage == "sft" or stage in ALIGNED
 
 
 def headline_measure(

@@ -16,8 +16,7 @@ TASKS = {
     "sft": ("text-generation", "AutoModelForCausalLM"),
     "classify": ("text-classification", "AutoModelForSequenceClassification"),
     "reward": ("text-classification", "AutoModelForSequenceClassification"),
-    "dpo": ("text-generation", "AutoModelForCausalLM"),
-    "ppo": ("text-generation", "AutoModelForCausalLM"),
+    **dict.fromkeys(card_measures.ALIGNED, ("text-generation", "AutoModelForCausalLM")),
 }
 
 

@@ -33,6 +33,7 @@ KINDS = {
     "lora-shared": {"peft": "lora", "critic": "shared"},
 }
 STEPS, STEPS_PER_ROLLOUT = 96, 8
+_FURTHEST_SAVE = 12  # of the 32 of a run
 COLOURS = ["red", "green", "blue", "black", "white"]
 
 
@@ -99,10 +100,11 @@ def launch(recipe: Path, processes: int, log: Path):
 
 
 def wait_for_moment(process, folder: Path, draw: random.Random) -> None:
-    """Return at a random moment of the training: some time after the next save, which itself takes a while."""
-    before = checkpoints_of(folder)
-    while process.poll() is None and not checkpoints_of(folder) - before:
-        time.sleep(0.002)
+    """Return at a random moment of the training: some time after one of the next saves, which itself takes a while."""
+    for _ in range(draw.randint(1, _FURTHEST_SAVE)):
+        before = checkpoints_of(folder)
+        while process.poll() is None and not checkpoints_of(folder) - before:
+            time.sleep(0.002)
     time.sleep(draw.choice([0, draw.uniform(0, 0.05), draw.uniform(0, 1.0)]))
 
 

@@ -6,7 +6,8 @@
 TRL gets an environment of its own below DIR (`pip`, once). Runs go one after another on one thread, in turn: each
 seed runs every name, so that a machine that grows slower slows all of them. A run that is there already is kept.
 `DIR/ppo.json` has a row a name: CPU milliseconds an episode (of everything, and of sampling), the reward where the
-curve first comes to each KL, the last reward, and how many seeds collapsed.
+curve first comes to each KL, the last reward, and how many seeds collapsed: ended below 0.6 of their best reward, or
+before their last episode, because the policy's probabilities became NaN.
 """
 
 import argparse
@@ -64,7 +65,11 @@ def summarise(name: str, runs: list[dict]) -> dict:
     last, best = [curve[-1] for curve in curves], [max(curve) for curve in curves]
     speed = [1000 * run["seconds"] / run["episodes"] for run in runs]
     generation = [1000 * run["generation_seconds"] / run["episodes"] for run in runs]
-    collapsed = [seed for seed, (end, top) in enumerate(zip(last, best, strict=True)) if end < _COLLAPSED_BELOW * top]
+    collapsed = [
+        seed
+        for seed, (run, end, top) in enumerate(zip(runs, last, best, strict=True))
+        if run.get("died") or not end >= _COLLAPSED_BELOW * top
+    ]
     return {
         "name": name,
         "cpu_ms_per_episode": mean(speed),
@@ -79,6 +84,7 @@ def summarise(name: str, runs: list[dict]) -> dict:
             "last_reward": last,
             "best_reward": best,
             "collapsed": collapsed,
+            "episodes": [run["episodes"] for run in runs],
         },
     }
 

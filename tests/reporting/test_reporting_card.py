@@ -230,6 +230,37 @@ def test_what_is_no_number_is_not_shown_as_one(road, value):
         make_card(road / "ppo", SETTINGS)
 
 
+RELATIVES = {
+    "kto": ({"answers": 1530}, "aligned by KTO"),
+    "grpo": ({"episodes": 1537}, "aligned by GRPO"),
+    "rloo": ({"episodes": 1538}, "aligned by RLOO"),
+    "best_of_n": ({"answers": 1539, "chosen": 190}, "the best of several answers"),
+}
+
+
+@pytest.mark.parametrize("stage", RELATIVES)
+def test_a_relative_of_ppo_has_a_card_with_its_own_figures(road, stage):
+    figures, words = RELATIVES[stage]
+
+    def rename(report):
+        del report["metrics"]["episodes"]
+        report["stage"] = stage
+        report["metrics"] |= figures
+
+    change(road, "ppo", rename)
+    text = make_card(road / "ppo", SETTINGS)
+    _, told, _ = split_card(text)
+    assert words in told
+    assert all(f"{figure:,}" in told for figure in figures.values())
+    assert check_origins(road, text) > 40
+
+
+def test_the_folder_of_iterated_rounds_names_the_folder_that_can_have_a_card(road):
+    change(road, "ppo", lambda report: report.update(stage="iterate"))
+    with pytest.raises(ValueError, match="holds a copy of its last round's model; a card is of .* round-N/ppo"):
+        make_card(road / "ppo", SETTINGS)
+
+
 @pytest.mark.parametrize("stage", MODELS)
 @pytest.mark.parametrize("gone", STAGES)
 def test_a_stage_of_the_lineage_that_is_gone_is_named(road, stage, gone):
