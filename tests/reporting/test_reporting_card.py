@@ -257,7 +257,7 @@ def test_a_relative_of_ppo_has_a_card_with_its_own_figures(road, stage):
 
 def test_the_folder_of_iterated_rounds_names_the_folder_that_can_have_a_card(road):
     change(road, "ppo", lambda report: report.update(stage="iterate"))
-    with pytest.raises(ValueError, match="holds a copy of its last round's model; a card is of .* round-N/ppo"):
+    with pytest.raises(ValueError, match=r"holds a copy of its last round's model; a card is of .* round-N/ppo"):
         make_card(road / "ppo", SETTINGS)
 
 
