@@ -7,12 +7,13 @@ dr_grpo` with `scale_rewards: none` leaves out the two normalisations that favou
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_scratch_gpt.alignment.online import OnlineArguments, OnlineTraining, align_online
-from hf_scratch_gpt.runs import StageRun
+from hf_scratch_gpt.finetuning.trainers import run_stage
 
 
 @dataclasses.dataclass
@@ -35,8 +36,4 @@ def run(arguments: GRPOArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "grpo") as stage_run:
-        if not stage_run.finished:
-            align_online(arguments, stage_run, OnlineGRPOTrainer)
-        return stage_run.folder
+    return run_stage(arguments, "grpo", functools.partial(align_online, OnlineGRPOTrainer))

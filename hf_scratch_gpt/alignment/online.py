@@ -197,7 +197,7 @@ def as_reward_function(scorer: Scorer, tokenizer: Any, ends: frozenset[int]) -> 
 _NO_COLUMNS = frozenset({"completions", "trainer_state", "log_extra", "log_metric", "environments"})
 
 
-def align_online(arguments: Any, stage_run: StageRun, trainer_class: type) -> None:
+def align_online(trainer_class: type, arguments: Any, stage_run: StageRun) -> None:
     """Train the policy of a stage's settings by `trainer_class`, write it merged, and measure it held out."""
     from datasets import Dataset
 

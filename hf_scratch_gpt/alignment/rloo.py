@@ -6,12 +6,13 @@ https://huggingface.co/papers/2402.14740).
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from trl import RLOOConfig, RLOOTrainer
 
 from hf_scratch_gpt.alignment.online import OnlineArguments, OnlineTraining, align_online
-from hf_scratch_gpt.runs import StageRun
+from hf_scratch_gpt.finetuning.trainers import run_stage
 
 
 @dataclasses.dataclass
@@ -34,8 +35,4 @@ def run(arguments: RLOOArguments) -> Path:
         OSError: if a file is missing or the disk is full.
         Interrupted: if a signal stopped it; the same call continues it.
     """
-    arguments.check_inputs()
-    with StageRun(arguments, "rloo") as stage_run:
-        if not stage_run.finished:
-            align_online(arguments, stage_run, OnlineRLOOTrainer)
-        return stage_run.folder
+    return run_stage(arguments, "rloo", functools.partial(align_online, OnlineRLOOTrainer))
