@@ -43,7 +43,6 @@ _WHAT = {
     "rloo": "A language model aligned by RLOO: each sampled answer is judged beside the others to its question.",
     "best_of_n": "A language model tuned on the best of several answers of its own.",
 }
-_ROUNDS = "iterate"
 
 
 def _find_evaluation(lineage: Lineage, given: str | Path | None) -> Run | None:
@@ -143,7 +142,7 @@ def make_card(folder: str | Path, settings: CardSettings, evaluation: str | Path
     lineage = Lineage(folder)
     if lineage.run.stage not in TASKS:
         models = ", ".join(name for name in TASKS if name != "masked")
-        if lineage.run.stage == _ROUNDS:
+        if lineage.run.stage == "iterate":
             raise ValueError(
                 f"{folder}: holds a copy of its last round's model; a card is of that round's own folder, round-N/ppo"
             )

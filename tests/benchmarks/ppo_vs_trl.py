@@ -116,10 +116,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results and of TRL's environment")
     parser.add_argument("--episodes", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minibatches", type=int, default=1, help="of a rollout of 64; TRL's default is 1")
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
     out = options.out.resolve()
-    runs = out / f"runs-{options.episodes}"
+    runs = out / f"runs-{options.episodes}-{options.minibatches}"
     runs.mkdir(parents=True, exist_ok=True)
     theirs = make_environment(out / "trl-1.12.0") if any(name.startswith("trl") for name in options.names) else None
     script = Path(__file__).with_name("ppo_vs_trl_run.py")
@@ -131,7 +132,8 @@ def main() -> None:
             if path.is_file():
                 continue
             python = theirs if name.startswith("trl") else sys.executable
-            command = [python, script, name, "--seed", str(seed), "--episodes", str(options.episodes), "--out", path]
+            command = [python, script, name, "--seed", str(seed), "--episodes", str(options.episodes)]
+            command += ["--minibatches", str(options.minibatches), "--out", path]
             subprocess.run([str(part) for part in command], check=True, env=environment)
             told = json.loads(path.read_text())
             print(f"{name}, seed {seed}: {1000 * told['seconds'] / told['episodes']:.2f} ms an episode", flush=True)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 PAD, END = 0, 1
 VOCABULARY, FIRST_VALUED, PROMPT_TOKENS, RESPONSE_TOKENS = 64, 16, 8, 16
-ROLLOUT, EPOCHS = 64, 4  # a rollout is one minibatch, which is TRL's default: four optimizer steps for both
+ROLLOUT, EPOCHS = 64, 4
 SHARED = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "kl_coef": 0.05}
 SHARED |= {"num_ppo_epochs": EPOCHS, "gamma": 1.0, "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2}
 SHARED |= {"vf_coef": 0.1, "temperature": 1.0, "bf16": False, "use_cpu": True, "report_to": "none"}
@@ -111,7 +111,7 @@ class NoPadLlama(LlamaForCausalLM):
         return output
 
 
-def run_trl(name: str, seed: int, episodes: int, folder: str) -> dict:
+def run_trl(name: str, seed: int, episodes: int, minibatches: int, folder: str) -> dict:
     """TRL 1.12.0: `trl` as it is, `trl-no-pad` or `trl-no-gc`."""
     from datasets import Dataset
     from transformers import LlamaForSequenceClassification
@@ -122,7 +122,8 @@ def run_trl(name: str, seed: int, episodes: int, folder: str) -> dict:
         ppo_trainer.gc = SimpleNamespace(collect=lambda: 0)
     policy = fill((NoPadLlama if name == "trl-no-pad" else LlamaForCausalLM)(config()), seed)
     args = PPOConfig(
-        output_dir=folder, total_episodes=episodes, response_length=RESPONSE_TOKENS, stop_token="eos", seed=seed,
+        output_dir=folder, total_episodes=episodes, num_mini_batches=minibatches, seed=seed,
+        response_length=RESPONSE_TOKENS, stop_token="eos",
         missing_eos_penalty=None, num_sample_generations=0, gradient_checkpointing=False, **SHARED,
     )  # fmt: skip
     prompts = Dataset.from_dict({"input_ids": make_prompts(1024, seed)})
@@ -146,7 +147,7 @@ def run_trl(name: str, seed: int, episodes: int, folder: str) -> dict:
     return {"episodes": done, "seconds": seconds, "generation_seconds": timed.seconds, "curve": curve, "died": died}
 
 
-def run_ours(name: str, seed: int, episodes: int, folder: str) -> dict:
+def run_ours(name: str, seed: int, episodes: int, minibatches: int, folder: str) -> dict:
     """Ours: `ours-separate` or `ours-shared`."""
     from transformers import PrinterCallback
 
@@ -162,7 +163,8 @@ def run_ours(name: str, seed: int, episodes: int, folder: str) -> dict:
     args = PPOConfig(
         output_dir=folder, total_episodes=episodes, rollout_batch_size=ROLLOUT, max_new_tokens=RESPONSE_TOKENS,
         missing_end_score=None, reward_clip=1e6, critic=name.removeprefix("ours-"), seed=seed, log_completions=0,
-        logging_steps=EPOCHS, **SHARED,
+        logging_steps=EPOCHS * minibatches,
+        **{**SHARED, "per_device_train_batch_size": ROLLOUT // minibatches},
     )  # fmt: skip
     rows = [{"prompt": " ".join(f"t{token}" for token in prompt)} for prompt in make_prompts(1024, seed)]
     trainer = PPOTrainer(fill(LlamaForCausalLM(config()), seed), reward, args, rows, processing_class=make_tokenizer())
@@ -180,13 +182,14 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--episodes", type=int, required=True)
+    parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps a pass over a rollout")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     set_seed(options.seed)
     run = run_trl if options.name.startswith("trl") else run_ours
     folder = options.out.with_suffix("")
-    told = run(options.name, options.seed, options.episodes, str(folder))
+    told = run(options.name, options.seed, options.episodes, options.minibatches, str(folder))
     options.out.write_text(json.dumps({"episodes": options.episodes, **told}), encoding="utf-8")
 
 
