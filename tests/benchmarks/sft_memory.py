@@ -54,6 +54,7 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
 
     from hf_scratch_gpt.finetuning.arguments import make_lora_config, trainer_arguments
     from hf_scratch_gpt.finetuning.sft import ConversationTrainer, SFTArguments
+    from hf_scratch_gpt.finetuning.trainers import train_in_blocks
     from hf_scratch_gpt.runs import StageRun
     from hf_scratch_gpt.runs.hardware import peak_rss_bytes
 
@@ -93,9 +94,13 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
             self.peaks.append(peak_rss_bytes())
 
     clock = Clock()
+    training = trainer_arguments(settings, StageRun(settings, "sft"), arguments.length)
+    training.packing = False  # as `sft` does; TRL's would make one row of 4,096 tokens of the batch, with a mask
+    if arguments.measure == "ours":
+        train_in_blocks(model, training)
     trainer = {"ours": ConversationTrainer, "trl": SFTTrainer}[arguments.measure](
         model=model,
-        args=trainer_arguments(settings, StageRun(settings, "sft"), arguments.length),
+        args=training,
         train_dataset=examples,
         processing_class=tokenizer,
         peft_config=make_lora_config(settings, "CAUSAL_LM", model),
