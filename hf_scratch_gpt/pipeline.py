@@ -22,8 +22,8 @@ from hf_scratch_gpt.runs import parse_arguments, read_metrics
 from hf_scratch_gpt.runs.arguments import nearest, read_recipe
 from hf_scratch_gpt.runs.command_line import CommandParser
 from hf_scratch_gpt.runs.files import shipped_folder
-from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import release_freed_memory
+from hf_scratch_gpt.runs.identity import METRICS
 from hf_scratch_gpt.runs.process import reset_libraries
 
 # The settings that a budget stretches or shrinks, and the minutes that the recipes as written aim at on two cores.

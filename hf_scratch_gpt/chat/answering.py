@@ -15,7 +15,7 @@ from hf_scratch_gpt.evaluation.adapters import find_base, is_adapter, load_adapt
 from hf_scratch_gpt.evaluation.generation import end_token_ids, suppressed_token_ids
 from hf_scratch_gpt.evaluation.mode import context_length_of, measuring
 from hf_scratch_gpt.runs import read_metrics
-from hf_scratch_gpt.runs.folder import METRICS
+from hf_scratch_gpt.runs.identity import METRICS
 from hf_scratch_gpt.runs.loading import check_language_model, check_tokens_fit, check_whole, loading
 
 # The stages that make a model to talk to, the most aligned first.

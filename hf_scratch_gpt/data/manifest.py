@@ -12,7 +12,7 @@ from typing import Any
 from hf_scratch_gpt.runs import read_json, write_json
 from hf_scratch_gpt.runs.checkpoints import hash_file
 from hf_scratch_gpt.runs.files import json_text
-from hf_scratch_gpt.runs.folder import METRICS, read_metrics
+from hf_scratch_gpt.runs.identity import METRICS, read_metrics
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 2  # 1, without a number, had no checksums but those of the shards

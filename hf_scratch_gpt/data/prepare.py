@@ -34,8 +34,8 @@ from hf_scratch_gpt.data.sources import KNOWN_TERMS, PYTHON_DOCS
 from hf_scratch_gpt.data.tokenised import HELDOUT, TokenisedFolder
 from hf_scratch_gpt.data.workers import process_chunks
 from hf_scratch_gpt.runs import StageRun, read_metrics, write_json
-from hf_scratch_gpt.runs.folder import fingerprint
 from hf_scratch_gpt.runs.hardware import usable_cores
+from hf_scratch_gpt.runs.identity import fingerprint
 from hf_scratch_gpt.runs.loading import loading
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from hf_scratch_gpt.evaluation.mode import virtual_tokens_of
 from hf_scratch_gpt.runs import read_json, read_metrics, write_json
 from hf_scratch_gpt.runs.checkpoints import hash_file
-from hf_scratch_gpt.runs.folder import METRICS, describe_input
+from hf_scratch_gpt.runs.identity import METRICS, describe_input
 from hf_scratch_gpt.runs.loading import check_whole, loading
 
 logger = logging.getLogger(__name__)

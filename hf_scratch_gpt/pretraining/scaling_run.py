@@ -19,7 +19,7 @@ from hf_scratch_gpt.pretraining.arguments import PretrainArguments
 from hf_scratch_gpt.pretraining.compute import TOKENS_A_PARAMETER
 from hf_scratch_gpt.pretraining.ladder import LadderShapes, Rung, evaluation_seed, short_size
 from hf_scratch_gpt.runs import given_settings, read_json, read_metrics, write_json
-from hf_scratch_gpt.runs.folder import describe_inputs
+from hf_scratch_gpt.runs.identity import describe_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from hf_scratch_gpt.reporting.lineage import Lineage, Run, check_unchanged
 from hf_scratch_gpt.runs import write_text
 from hf_scratch_gpt.runs.command_line import CommandParser
 from hf_scratch_gpt.runs.files import shipped_folder
-from hf_scratch_gpt.runs.folder import METRICS
+from hf_scratch_gpt.runs.identity import METRICS
 
 CARD = "README.md"
 _WHAT = {

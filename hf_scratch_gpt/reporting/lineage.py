@@ -8,7 +8,8 @@ from typing import Any
 from hf_scratch_gpt.reporting.ledger import Record
 from hf_scratch_gpt.runs import read_metrics
 from hf_scratch_gpt.runs.arguments import read_recipe
-from hf_scratch_gpt.runs.folder import METRICS, RECIPE, model_files
+from hf_scratch_gpt.runs.folder import RECIPE
+from hf_scratch_gpt.runs.identity import METRICS, model_files
 
 
 @dataclasses.dataclass(frozen=True)

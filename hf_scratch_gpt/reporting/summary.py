@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_scratch_gpt.runs import read_metrics
-from hf_scratch_gpt.runs.folder import METRICS
 from hf_scratch_gpt.runs.hardware import peak_rss_bytes
+from hf_scratch_gpt.runs.identity import METRICS
 
 # The stages in the order of the road.
 ROAD = (

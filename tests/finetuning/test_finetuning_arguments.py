@@ -8,8 +8,8 @@ from hf_scratch_gpt.alignment.reward import Arguments as RewardArguments
 from hf_scratch_gpt.finetuning.arguments import make_lora_config
 from hf_scratch_gpt.finetuning.sft import Arguments as SFTArguments
 from hf_scratch_gpt.runs import parse_arguments
-from hf_scratch_gpt.runs.folder import fingerprint
 from hf_scratch_gpt.runs.hardware import has_fast_bf16
+from hf_scratch_gpt.runs.identity import fingerprint
 
 ALL = [SFTArguments, RewardArguments, DPOArguments]
 

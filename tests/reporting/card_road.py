@@ -6,7 +6,7 @@ import yaml
 from reporting_road import write_evaluation, write_training
 
 from hf_scratch_gpt.runs import write_json
-from hf_scratch_gpt.runs.folder import model_files
+from hf_scratch_gpt.runs.identity import model_files
 
 STAGES = ("tokenizer", "prepare", "pretrain", "sft", "reward", "dpo", "ppo", "evaluate", "classify")
 MODELS = ("pretrain", "sft", "classify", "reward", "dpo", "ppo")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_scratch_gpt.runs import StageArguments, StageRun, read_json, read_metrics
-from hf_scratch_gpt.runs.folder import fingerprint
+from hf_scratch_gpt.runs.identity import fingerprint
 
 
 @dataclasses.dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hf_scratch_gpt.hub.push.leaks import find_home_path, find_secret_name
 from hf_scratch_gpt.hub.push.pickles import find_pickle
-from hf_scratch_gpt.runs.folder import METRICS, RECIPE, STATE
+from hf_scratch_gpt.runs.folder import RECIPE, STATE
+from hf_scratch_gpt.runs.identity import METRICS
 
 CARD = "README.md"
 # The files that make the model what it is, by their names at the folder's top: stale ones are removed from the

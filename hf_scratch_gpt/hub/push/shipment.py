@@ -10,7 +10,8 @@ from hf_scratch_gpt.hub.push.folder import CARD, Contents, LocalFile, read_folde
 from hf_scratch_gpt.hub.push.leaks import find_home_path, find_path_value, find_secret, shorten_paths
 from hf_scratch_gpt.hub.push.weights import OTHER_WEIGHTS, check_architecture, check_weights
 from hf_scratch_gpt.runs.files import read_json, yaml_text
-from hf_scratch_gpt.runs.folder import METRICS, RECIPE
+from hf_scratch_gpt.runs.folder import RECIPE
+from hf_scratch_gpt.runs.identity import METRICS
 
 CONFIG = "config.json"
 _TEXT_SUFFIXES = (
