@@ -7,6 +7,10 @@ labelled, or ranked) by the road's reward model and checker as its recipe says. 
 held-out questions once at temperature 1, with the same random numbers. Rows: the start, `dpo`, `ppo`, `kto`, `grpo`,
 `rloo`, `best_of_n` (tuned on the best of 8), `rlaif` (DPO on ranked answers), and the start's best of 8 at answer
 time, whose KL is the bound. `OUT/relatives.json` has all of it, `OUT/METHOD` the models, each of which must chat.
+
+A recipe's settings are chosen on other held-out questions than the table's:
+
+    python tests/benchmarks/relatives.py --road runs/quickstart --only rloo --set learning_rate=3e-3 --skip 400 --out O
 """
 
 import argparse
@@ -66,13 +70,13 @@ def train(row: str, stage: str, recipe: str, settings: dict[str, Any], out: Path
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def measure(road: Path, folder: Path, questions: int, seed: int) -> dict[str, Any]:
+def measure(road: Path, folder: Path, questions: slice, seed: int) -> dict[str, Any]:
     """One row: held-out gold reward, gain, KL and share ended, with intervals."""
     from hf_scratch_gpt.alignment.measuring import measure_policy, read_checked_rows
     from hf_scratch_gpt.alignment.scoring import ModelScorer
     from hf_scratch_gpt.evaluation.models import load_model
 
-    rows = read_checked_rows(str(road / "prepare"), "heldout")[:questions]
+    rows = read_checked_rows(str(road / "prepare"), "heldout")[questions]
     policy, tokenizer = load_model(str(folder))
     settings = SimpleNamespace(model_name_or_path=str(road / "sft"), max_completion_length=32, seed=seed)
     measured, _ = measure_policy(settings, policy, tokenizer, rows, [(ModelScorer(str(road / "reward")), 1.0)])
@@ -123,9 +127,11 @@ def main() -> None:
     parser.add_argument("--road", type=Path, required=True, help="a quickstart road with prepare, sft and reward")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=400, help="held-out questions")
+    parser.add_argument("--skip", type=int, default=0, help="so many held-out questions before them")
     parser.add_argument("--samples", type=int, default=1536, help="answers that each method samples")
     parser.add_argument("--steps", type=int, help="shortens the training of the offline methods, for a trial")
     parser.add_argument("--only", nargs="*", help="rows to run; ranked belongs to rlaif")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE", help="of each method, but not ranked")
     parser.add_argument("--seed", type=int, default=7)
     parsed = parser.parse_args()
     road, out = parsed.road.resolve(), parsed.out.resolve()
@@ -133,20 +139,23 @@ def main() -> None:
         parser.error(f"--samples is {parsed.samples}, expected a multiple of 256, which PPO and GRPO sample at a time")
     out.mkdir(parents=True, exist_ok=True)
     question = json.loads((road / "prepare" / "tasks" / "heldout.jsonl").read_text().splitlines()[0])["prompt"]
-    rows: list[dict[str, Any]] = [{"name": "start", **measure(road, road / "sft", parsed.questions, parsed.seed)}]
+    questions = slice(parsed.skip, parsed.skip + parsed.questions)
+    changed = dict(setting.split("=", 1) for setting in parsed.set)
+    rows: list[dict[str, Any]] = [{"name": "start", **measure(road, road / "sft", questions, parsed.seed)}]
     for name, stage, recipe, settings in commands(road, out, parsed.samples, parsed.steps):
         if parsed.only and name not in parsed.only:
             continue
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
-        cpu_seconds = train(name, stage, recipe, settings, out)
+        cpu_seconds = train(name, stage, recipe, settings if name == "ranked" else {**settings, **changed}, out)
         if name == "ranked":
             continue  # preferences, no model
-        measured = measure(road, out / name, parsed.questions, parsed.seed)
+        measured = measure(road, out / name, questions, parsed.seed)
         said = chats(out / name, question[0]["content"])
         rows.append({"name": name, "cpu_seconds": cpu_seconds, "says": said, **measured})
         if name == "best_of_n":
             rows.append({"name": f"start, best of {GROUP}", **best_at_answer_time(out / name)})
-        report = {"samples": parsed.samples, "questions": parsed.questions, "rows": rows}
+        asked = {"samples": parsed.samples, "questions": [questions.start, questions.stop]}
+        report = {**asked, "changed": changed, "rows": rows}
         (out / "relatives.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(rows))
 
