@@ -62,12 +62,12 @@ def comparable(answers: Sequence[Answer]) -> list[str]:
     return list(dict.fromkeys(answer.text for answer in answers if answer.ended and answer.text.strip()))
 
 
-def pairs_by_score(scores: Sequence[float]) -> list[tuple[int, int, float]]:
-    """All pairs of different scores as (better, worse, difference)."""
+def pairs_by_score(scores: Sequence[float], least_margin: float = 0.0) -> list[tuple[int, int, float]]:
+    """All pairs whose scores differ by more than `least_margin`, as (better, worse, difference)."""
     return [
         (left, right, scores[left] - scores[right])
         for left, right in itertools.permutations(range(len(scores)), 2)
-        if scores[left] > scores[right]
+        if scores[left] - scores[right] > least_margin
     ]
 
 

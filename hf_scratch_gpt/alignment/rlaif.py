@@ -57,6 +57,9 @@ class JudgeArguments:
         judge_prompt (`str`, *optional*): What a judge model reads, with `{question}`, `{first}` and `{second}`.
         judge_margin (`float`, *optional*, defaults to `0.0`): A pair whose two chances differ by no more than this is
             no preference.
+        score_margin (`float`, *optional*, defaults to `0.0`): Answers whose scores differ by no more than this are no
+            preference. What a weak reward model says of two like answers is noise: beside a checker of weight w, a
+            margin below w keeps the pairs that the checker decides, and those that the reward model is sure of.
         person (`bool`, *optional*, defaults to `False`): A person ranks: the run writes `to_rank.jsonl` and stops
             until `ranked.jsonl` is there.
     """
@@ -78,6 +81,9 @@ class JudgeArguments:
     )
     judge_margin: float = dataclasses.field(
         default=0.0, metadata={"help": "A pair whose chances differ by no more than this is no preference."}
+    )
+    score_margin: float = dataclasses.field(
+        default=0.0, metadata={"help": "Answers whose scores differ by no more than this are no preference."}
     )
     person: bool = dataclasses.field(
         default=False, metadata={"help": "A person ranks: to_rank.jsonl is written and ranked.jsonl awaited."}
@@ -101,9 +107,12 @@ class JudgeArguments:
         for place in ("{question}", "{first}", "{second}"):
             if place not in self.judge_prompt:
                 raise ValueError(f"'judge_prompt' has no {place}")
-        for name, least in (("judge_retries", 0), ("judge_requests", 1), ("judge_margin", 0)):
+        for name, least in (("judge_retries", 0), ("judge_requests", 1), ("judge_margin", 0), ("score_margin", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"'{name}' is {getattr(self, name)}, expected at least {least}")
+        for name, serves in (("judge_margin", judges and not self.person), ("score_margin", scored)):
+            if getattr(self, name) and not serves:
+                raise ValueError(f"'{name}' changes nothing where {', '.join(judges + scored)} ranks; leave it out")
 
     def make_judge(self) -> Judge | None:
         """The judge that is asked about pairs, or `None` where answers are scored by themselves.
@@ -238,7 +247,7 @@ def _score(arguments: RLAIFArguments, rows: list[Row], texts: list[list[str]]) -
     rankings = []
     for row, answers in zip(rows, texts, strict=True):
         scores = total_scores(scorers, [row] * len(answers), answers, [True] * len(answers))
-        rankings.append(Ranking(row, answers, scores, pairs_by_score(scores)))
+        rankings.append(Ranking(row, answers, scores, pairs_by_score(scores, arguments.score_margin)))
     return rankings
 
 

@@ -40,6 +40,7 @@ def test_a_verdict_is_the_mean_of_both_orders_and_even_is_no_preference():
 
 def test_scores_give_all_pairs_but_those_of_equals():
     assert sorted(pairs_by_score([1.0, 3.0, 1.0])) == [(1, 0, 2.0), (1, 2, 2.0)]
+    assert pairs_by_score([1.0, 3.0, 0.0], least_margin=2.0) == [(1, 2, 3.0)]
 
 
 def test_how_far_a_judge_agrees_with_itself_is_counted():
@@ -137,6 +138,11 @@ def test_a_local_judge_and_scores_rank_too(inputs, tmp_path):
     assert read_metrics(by_score)["metrics"]["ranked_by"] == "score"
     for pair in read_lines(by_score / rlaif.PREFERENCES_FILE):
         assert pair["margin"] > 0
+    sure = rlaif.run(settings(inputs, tmp_path / "sure", **options, score_margin=1.0))
+    pairs = read_lines(by_score / rlaif.PREFERENCES_FILE)
+    assert read_lines(sure / rlaif.PREFERENCES_FILE) == [pair for pair in pairs if pair["margin"] > 1.0]
+    assert 0 < len(read_lines(sure / rlaif.PREFERENCES_FILE)) < len(pairs)
+    assert (sure / rlaif.RANKINGS_FILE).read_bytes() == (by_score / rlaif.RANKINGS_FILE).read_bytes()
 
 
 def test_verdicts_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypatch, ranked):
@@ -169,6 +175,9 @@ def test_verdicts_that_were_given_are_not_asked_again(inputs, tmp_path, monkeypa
         ({"judge_function": "a:b", "reward_model": "c"}, "more than one judge is given: judge_function, reward_model"),
         ({"judge_function": "a:b", "judge_prompt": "{first} {second}"}, "'judge_prompt' has no {question}"),
         ({"judge_function": "a:b", "answers_per_question": 1}, "'answers_per_question' is 1, expected at least 2"),
+        ({"judge_function": "a:b", "judge_margin": -1}, "'judge_margin' is -1.0, expected at least 0"),
+        ({"judge_function": "a:b", "score_margin": 1}, "'score_margin' changes nothing where judge_function ranks"),
+        ({"checker_weight": 1, "judge_margin": 0.1}, "'judge_margin' changes nothing where checker_weight ranks"),
         ({"judge_url": "ftp://x", "judge_name": "m"}, "'judge_url' is 'ftp://x', expected http"),
         ({"judge_function": "relatives_tiny:prefers_blue", "max_completion_length": 1}, "no question got two"),
         ({"judge_function": "relatives_tiny:prefers_blue", "least_pairs": 9999}, "expected at least 9999"),
