@@ -100,7 +100,7 @@ def _add_product(total, grad_logits, hidden_states):
     """Add `grad_logits.T @ hidden_states`, (vocabulary, width) in their dtype, to `total`, in fp32.
 
     Uncompiled, some rows at a time: adding bf16 to fp32 makes a copy in fp32 first, and one of a whole weight is new
-    memory for each chunk (32,768 by 384, two Zen 4 cores: 28 ms a chunk at once, 12 ms in parts).
+    memory for each chunk (it took as long as the product itself).
     """
     rows = total.shape[0] if torch.compiler.is_compiling() else _EAGER_WEIGHT_ROWS
     for part, grad in zip(total.split(rows), grad_logits.split(rows, dim=1), strict=True):
