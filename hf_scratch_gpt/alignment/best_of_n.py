@@ -140,7 +140,6 @@ def _tune(
 ) -> tuple[Any, dict[str, Any]]:
     origin = str(stage_run.folder / CHOSEN_FILE)
     examples, _ = tokenise(chosen, conversation_encoder(tokenizer), origin, max_length, arguments.allow_dropped_rows)
-    settings.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = ConversationTrainer(
         model=model,
         args=settings,

@@ -90,12 +90,18 @@ Arguments = SFTArguments
 
 
 class ConversationTrainer(LengthGrouping, SFTTrainer):
-    """`SFTTrainer` on rows that `tokenise` made: `input_ids` and `labels` are taken as they are."""
+    """`SFTTrainer` on rows that `tokenise` made: `input_ids` and `labels` are taken as they are.
 
-    def __init__(self, *args: Any, train_dataset: Any, **kwargs: Any):
+    `args` is changed so that TRL neither prepares nor packs them: its packing needs a kernel that only GPUs have, and
+    without it makes one row of the whole batch, whose attention costs as many times as much as there are rows.
+    """
+
+    def __init__(self, *, args: Any, train_dataset: Any, **kwargs: Any):
         self.example_lengths = list(train_dataset["length"])
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        args.packing = False
         score_only_trained_positions()
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
         let_head_have_no_bias(self.model)
         use_linear_cross_entropy(self)
 
@@ -124,8 +130,6 @@ def _tune(arguments: SFTArguments, stage_run: StageRun) -> None:
     examples = load_examples(arguments, "conversations", conversation_encoder(tokenizer), max_length)
 
     settings = trainer_arguments(arguments, stage_run, max_length)
-    settings.dataset_kwargs = {"skip_prepare_dataset": True}
-    settings.packing = False  # TRL's own needs a kernel that only GPUs have
     model = load_model(AutoModelForCausalLM, source, tokenizer, **quantization_settings(arguments))
     model = prepare_quantized(model, arguments) if arguments.peft == "qlora" else model
     train_in_blocks(model, settings)

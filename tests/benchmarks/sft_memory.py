@@ -95,7 +95,7 @@ def make_trainer(arguments: argparse.Namespace, model: Any, folder: Path) -> Any
 
     clock = Clock()
     training = trainer_arguments(settings, StageRun(settings, "sft"), arguments.length)
-    training.packing = False  # as `sft` does; TRL's would make one row of 4,096 tokens of the batch, with a mask
+    training.packing = False  # as our trainer does; TRL's would make one row of 4,096 tokens of the batch, with a mask
     if arguments.measure == "ours":
         train_in_blocks(model, training)
     trainer = {"ours": ConversationTrainer, "trl": SFTTrainer}[arguments.measure](

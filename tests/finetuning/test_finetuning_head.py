@@ -59,6 +59,13 @@ class TRLInOrder(SFTTrainer):
         return torch.utils.data.SequentialSampler(train_dataset)
 
 
+def test_a_batch_has_a_row_an_example_whatever_packing_says(base, examples, tmp_path):
+    trainer = make_trainer(InOrder, base, tmp_path, examples, packing=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    longest = max(examples["length"][:4])
+    assert tuple(batch["input_ids"].shape) == (4, longest)
+
+
 def logged(trainer):
     names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
     return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
